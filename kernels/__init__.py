@@ -1,0 +1,1 @@
+"""Operators of the toprovar namespace: reference, kernel and registration in one file each."""

@@ -1,0 +1,1 @@
+"""Visual autoregressive models that come with the project."""

@@ -1,0 +1,498 @@
+"""The plan: for every scale and layer of a model, whether it runs on all tokens, on some, or not at all.
+
+A plan is data, made by hand, by calibration or by tuning, and stored as one readable JSON file. It answers what follows
+from it for a run: which entropies must be measured, which layer deltas must be kept, how much work is left.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from toprovar_compile.errors import PlanError, ScheduleError, nearest
+from toprovar_compile.schedule import ScaleSchedule
+
+Kind = Literal["dense", "prune", "skip"]
+Restore = Literal["cached", "identity"]
+Selection = Literal["topk", "gumbel"]
+Direction = Literal["low_entropy", "high_entropy"]
+
+PLAN_VERSION = 1
+
+_KEYS = (
+    "version", "model", "num_layers", "restore", "selection", "seed", "direction", "schedule", "scales", "provenance"
+)  # fmt: skip
+_REQUIRED = ("version", "model", "num_layers", "schedule", "scales")
+_SCALE_KEYS = ("run", "layers")
+_ACTION = re.compile(r"(?P<kind>[a-z_]+)(?:\s+(?P<keep>\d+))?(?:\s*\*\s*(?P<times>\d+))?")
+
+
+@dataclass(frozen=True)
+class LayerAction:
+    """What one layer does at one scale.
+
+    "dense" runs it on all tokens, "prune" on the `keep` best ones, "skip" not at all. `keep` is None unless the kind is
+    "prune". Raises PlanError for an unknown kind, or a prune without a `keep` of at least 1.
+    """
+
+    kind: Kind = "dense"
+    keep: int | None = None
+
+    def __post_init__(self) -> None:
+        _choice("kind", self.kind, get_args(Kind))
+        if self.kind != "prune":
+            object.__setattr__(self, "keep", None)
+        elif not _is_int(self.keep) or self.keep < 1:  # type: ignore[operator]
+            raise PlanError(f"keep is {self.keep!r}", where="prune", expected="an integer of at least 1")
+
+    def tokens(self, n: int) -> int:
+        """Tokens that the layer computes, out of the `n` of the scale."""
+        if self.kind == "prune":
+            assert self.keep is not None
+            return self.keep
+        return n if self.kind == "dense" else 0
+
+    def __str__(self) -> str:
+        return f"prune {self.keep}" if self.kind == "prune" else self.kind
+
+
+DENSE = LayerAction("dense")
+SKIP = LayerAction("skip")
+
+
+@dataclass(frozen=True)
+class ScalePlan:
+    """What one scale does: `run` False leaves the generation before it, and `layers` is then empty."""
+
+    run: bool = True
+    layers: tuple[LayerAction, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", tuple(self.layers) if self.run else ())
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One action for every (scale, layer), and how tokens are chosen and restored.
+
+    `model` is the fingerprint of the model it was made for, "" for any model of the same schedule and depth.
+    `restore`: a token that a layer does not compute gets the layer's delta of its last dense scale, resized ("cached"),
+    or nothing ("identity"). `selection`: the best tokens ("topk"), or a sample by keep-probability seeded with `seed`
+    ("gumbel"). `direction`: which tokens are kept. `provenance` says how the plan was made (calibration numbers,
+    thresholds); it takes no part in equality and in `digest`.
+
+    Raises PlanError when an action does not fit the schedule: a wrong number of scales or layers, a prune that keeps
+    all tokens of its scale, a scale that runs after an exit, or an exit at scale 0.
+    """
+
+    schedule: ScaleSchedule
+    num_layers: int
+    scales: tuple[ScalePlan, ...]
+    model: str = ""
+    restore: Restore = "cached"
+    selection: Selection = "topk"
+    seed: int = 0
+    direction: Direction = "low_entropy"
+    version: int = PLAN_VERSION
+    provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))
+        if self.version != PLAN_VERSION or isinstance(self.version, bool):
+            raise PlanError(
+                f"version {self.version!r} is unknown",
+                where="version",
+                expected=str(PLAN_VERSION),
+                todo="make the plan again with this release",
+            )
+        _typed("model", self.model, str)
+        _typed("provenance", self.provenance, Mapping)
+        _typed("seed", self.seed, int)
+        _choice("restore", self.restore, get_args(Restore))
+        _choice("selection", self.selection, get_args(Selection))
+        _choice("direction", self.direction, get_args(Direction))
+        if not _is_int(self.num_layers) or self.num_layers < 1:
+            raise PlanError(
+                f"num_layers is {self.num_layers!r}", where="num_layers", expected="an integer of at least 1"
+            )
+        if len(self.scales) != len(self.schedule):
+            raise PlanError(
+                f"the plan has {len(self.scales)} scales",
+                where="scales",
+                expected=f"{len(self.schedule)}, one for each grid of the schedule",
+            )
+        for s, scale in enumerate(self.scales):
+            self._check_scale(s, scale)
+
+    def _check_scale(self, s: int, scale: ScalePlan) -> None:
+        if not scale.run:
+            if s == 0:
+                raise PlanError("scale 0 exits", where="scales[0].run", expected="at least one scale that runs")
+            return
+        if not self.scales[max(s - 1, 0)].run:
+            raise PlanError(
+                f"scale {s} runs after the exit at scale {s - 1}",
+                where=f"scales[{s}].run",
+                expected="every scale after an exit to exit as well",
+            )
+        if len(scale.layers) != self.num_layers:
+            raise PlanError(
+                f"scale {s} has {len(scale.layers)} layer actions",
+                where=f"scales[{s}].layers",
+                expected=f"{self.num_layers}, one for each layer",
+            )
+        n = self.schedule.tokens[s]
+        for layer, action in enumerate(scale.layers):
+            if action.tokens(n) >= n and action.kind == "prune":
+                raise PlanError(
+                    f"layer {layer} keeps {action.keep} tokens at scale {s}, which has {n}",
+                    where=f"scales[{s}].layers[{layer}]",
+                    expected=f"fewer than {n}",
+                    todo="use dense to keep all of them",
+                )
+
+    # making plans
+
+    @classmethod
+    def dense(cls, schedule: ScaleSchedule, num_layers: int, fingerprint: str = "") -> Plan:
+        """The lossless plan: every layer runs on every token of every scale."""
+        scale = ScalePlan(layers=(DENSE,) * max(num_layers, 0))
+        return cls(schedule, num_layers, (scale,) * len(schedule), model=fingerprint)
+
+    @classmethod
+    def keep_share(
+        cls,
+        schedule: ScaleSchedule,
+        num_layers: int,
+        keep: float | Mapping[int, float],
+        from_scale: int,
+        layers: Iterable[int] | None = None,
+        bucket: int = 16,
+        *,
+        exit_scale: int | None = None,
+        fingerprint: str = "",
+        restore: Restore = "cached",
+        selection: Selection = "topk",
+        seed: int = 0,
+        direction: Direction = "low_entropy",
+    ) -> Plan:
+        """A plan that keeps a share of the tokens in some layers of the late scales.
+
+        `keep`: share in 0..1, one for all scales or one for each scale index (scales it does not name stay dense).
+        `from_scale`: first scale to prune. `layers`: the layers to prune, None for all. The tokens kept are rounded up
+        to a multiple of `bucket`; what reaches all tokens of a scale is dense, and a share of 0 skips the layer.
+        `exit_scale`: leave the generation before this scale. Raises PlanError for a share, scale or layer out of range.
+        """
+        count = len(schedule)
+        shares = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(range(count), keep)
+        chosen = set(range(num_layers)) if layers is None else set(layers)
+        _in_range("from_scale", [from_scale], count + 1)
+        _in_range("keep", shares, count)
+        _in_range("layers", chosen, num_layers)
+        if exit_scale is not None:
+            _in_range("exit_scale", [exit_scale], count + 1)
+        if not _is_int(bucket) or bucket < 1:
+            raise PlanError(f"bucket is {bucket!r}", where="bucket", expected="an integer of at least 1")
+        for s, share in shares.items():
+            if not 0 <= share <= 1:
+                raise PlanError(f"the share of scale {s} is {share!r}", where="keep", expected="a number in 0..1")
+        scales = []
+        for s, n in enumerate(schedule.tokens):
+            action = _action_for(shares.get(s, 1.0), n, bucket) if s >= from_scale else DENSE
+            actions = tuple(action if layer in chosen else DENSE for layer in range(num_layers))
+            scales.append(ScalePlan(exit_scale is None or s < exit_scale, actions))
+        return cls(
+            schedule, num_layers, tuple(scales), fingerprint, restore, selection, seed, direction,
+            provenance={
+                "made_by": "keep_share",
+                "keep": {str(s): share for s, share in keep.items()} if isinstance(keep, Mapping) else keep,
+                "from_scale": from_scale,
+                "bucket": bucket,
+            },
+        )  # fmt: skip
+
+    # reading plans
+
+    def action(self, s: int, layer: int) -> LayerAction:
+        """The action of `layer` at scale `s`. Raises PlanError when there is none: out of range, or the scale exits."""
+        if not 0 <= layer < self.num_layers or not self.runs(s):
+            raise PlanError(
+                f"there is no action for scale {s}, layer {layer}",
+                where="Plan.action",
+                expected=f"a layer below {self.num_layers} and a scale that runs, below "
+                f"{len(self.scales) if self.exit_scale is None else self.exit_scale}",
+            )
+        return self.scales[s].layers[layer]
+
+    def runs(self, s: int) -> bool:
+        """Whether scale `s` is generated; False from the exit on. Raises PlanError when the schedule has no scale `s`."""
+        if not 0 <= s < len(self.scales):
+            raise PlanError(f"there is no scale {s}", where="Plan.runs", expected=f"0..{len(self.scales) - 1}")
+        return self.scales[s].run
+
+    @property
+    def exit_scale(self) -> int | None:
+        """The first scale that is not generated, None when all are."""
+        return next((s for s, scale in enumerate(self.scales) if not scale.run), None)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether the plan is lossless: every scale runs, every layer on all tokens."""
+        return self.exit_scale is None and all(a.kind == "dense" for _, _, a in self._actions())
+
+    def reads_entropy(self) -> frozenset[tuple[int, int]]:
+        """The (scale, layer) whose attention entropy must be measured, because a later scale prunes that layer by it.
+
+        A layer pruned at one scale measures only the tokens it keeps; the others keep their older value, so the scales
+        before it are read as well, back to the layer's last dense one.
+        """
+        read = set()
+        for s, layer, action in self._actions():
+            if action.kind != "prune":
+                continue
+            for earlier in range(s - 1, -1, -1):
+                kind = self.scales[earlier].layers[layer].kind
+                if kind != "skip":
+                    read.add((earlier, layer))
+                if kind == "dense":
+                    break
+        return frozenset(read)
+
+    def keeps_delta(self) -> frozenset[tuple[int, int]]:
+        """The (scale, layer) whose delta (layer output minus its input) is kept to restore tokens at a later scale.
+
+        It is the last dense scale of the layer before each prune or skip; empty with restore="identity".
+        """
+        if self.restore == "identity":
+            return frozenset()
+        found = ((self._last_dense(s, layer), layer) for s, layer, a in self._actions() if a.kind != "dense")
+        return frozenset((s, layer) for s, layer in found if s is not None)
+
+    def validate_first(self) -> None:
+        """Check that what a prune or skip needs exists when it runs.
+
+        Raises PlanError for a prune before the layer's first dense scale (it has no entropy to choose tokens by), and,
+        with restore="cached", for such a skip (it has no delta).
+        """
+        for s, layer, action in self._actions():
+            lacks_delta = action.kind == "skip" and self.restore == "cached"
+            if (action.kind == "prune" or lacks_delta) and self._last_dense(s, layer) is None:
+                need = "a delta to restore from" if lacks_delta else "an entropy to choose tokens by"
+                raise PlanError(
+                    f"layer {layer} has {action} at scale {s} and has not run dense before",
+                    where=f"scales[{s}].layers[{layer}]",
+                    expected=f"an earlier dense scale of this layer, which gives {need}",
+                    todo="start pruning one scale later" + (" or use restore='identity'" if lacks_delta else ""),
+                )
+
+    def token_share(self) -> list[float]:
+        """Share (0..1) of each scale's tokens-times-layers that is computed; 0 for a scale that exits."""
+        return [
+            sum(a.tokens(n) for a in scale.layers) / (n * self.num_layers)
+            for scale, n in zip(self.scales, self.schedule.tokens, strict=True)
+        ]
+
+    def total_share(self) -> float:
+        """Share (0..1) of the tokens-times-layers of the whole image that is computed."""
+        done = sum(share * n for share, n in zip(self.token_share(), self.schedule.tokens, strict=True))
+        return done / self.schedule.total
+
+    def check_model(self, fingerprint: str, schedule: ScaleSchedule, num_layers: int) -> None:
+        """Raise PlanError, naming both sides, unless the plan was made for this model and can run (`validate_first`).
+
+        A plan with model="" fits every model of its schedule and depth.
+        """
+        sides: list[tuple[str, Any, Any]] = [
+            ("schedule", self.schedule.to_json(), schedule.to_json()),
+            ("num_layers", self.num_layers, num_layers),
+        ]
+        if self.model:
+            sides.append(("model", self.model, fingerprint))
+        for name, ours, theirs in sides:
+            if ours != theirs:
+                raise PlanError(
+                    f"the plan was made for {name} {ours}, the model has {theirs}",
+                    where=f"plan.{name}",
+                    expected="the model that the plan was made for",
+                    todo="calibrate a plan for this model, or load the model of the plan",
+                )
+        self.validate_first()
+
+    def digest(self) -> str:
+        """A short name (16 hex digits of a SHA-256) of what the plan does; provenance takes no part in it."""
+        data = self.to_json()
+        del data["provenance"]
+        text = json.dumps(data, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _actions(self) -> Iterator[tuple[int, int, LayerAction]]:
+        for s, scale in enumerate(self.scales):
+            for layer, action in enumerate(scale.layers):
+                yield s, layer, action
+
+    def _last_dense(self, s: int, layer: int) -> int | None:
+        earlier = range(s - 1, -1, -1)
+        return next((e for e in earlier if self.scales[e].layers[layer].kind == "dense"), None)
+
+    # files
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as JSON data; equal neighbouring layers are written once, as in "dense*3" or "prune 128*12"."""
+        values: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
+        values["schedule"] = self.schedule.to_json()
+        values["scales"] = [_scale_to_json(scale) for scale in self.scales]
+        values["provenance"] = dict(self.provenance)
+        return values
+
+    @classmethod
+    def from_json(cls, data: Any) -> Plan:
+        """The inverse of `to_json`. Raises PlanError naming the field, and for an unknown key the nearest valid one."""
+        _typed("plan", data, Mapping)
+        _known_keys("plan", data, _KEYS)
+        for key in _REQUIRED:
+            if key not in data:
+                raise PlanError(f"the key {key!r} is missing", where="plan", expected=f"all of {', '.join(_REQUIRED)}")
+        values = dict(data)
+        try:
+            values["schedule"] = ScaleSchedule.from_json(data["schedule"])
+        except ScheduleError as error:
+            raise PlanError(error.what, where=f"schedule, {error.where}", expected=error.expected) from error
+        _typed("scales", data["scales"], list)
+        values["scales"] = tuple(_scale_from_json(s, scale) for s, scale in enumerate(data["scales"]))
+        return cls(**values)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON. The file appears complete or not at all; an older one is replaced."""
+        target = Path(path)
+        data = self.to_json()
+        lines = []
+        for key, value in data.items():
+            if key == "scales":
+                rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
+                lines.append(f'  "scales": [\n{rows}\n  ]')
+            elif key == "provenance":
+                lines.append(f'  "provenance": {json.dumps(value, indent=2)}'.replace("\n", "\n  "))
+            else:
+                lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
+        _write_atomic(target, "{\n" + ",\n".join(lines) + "\n}\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Read a plan written by `save`. Raises PlanError naming the file and the field."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise PlanError(
+                f"cannot read the plan: {error.strerror}", where=str(path), expected="a plan file"
+            ) from error
+        except ValueError as error:
+            raise PlanError(f"not JSON: {error}", where=str(path), expected="a plan file") from error
+        try:
+            return cls.from_json(data)
+        except PlanError as error:
+            raise PlanError(
+                error.what, where=f"{path}: {error.where}", expected=error.expected, todo=error.todo
+            ) from error
+
+
+def _action_for(share: float, n: int, bucket: int) -> LayerAction:
+    if share == 0:
+        return SKIP
+    # The small term undoes float noise: 0.1 * 30 must be 3 tokens, not 4.
+    kept = math.ceil(share * n / bucket - 1e-9) * bucket
+    return LayerAction("prune", kept) if kept < n else DENSE
+
+
+def _scale_to_json(scale: ScalePlan) -> dict[str, Any]:
+    if not scale.run:
+        return {"run": False}
+    runs = ((str(action), len(list(same))) for action, same in groupby(scale.layers))
+    return {"run": True, "layers": [text if times == 1 else f"{text}*{times}" for text, times in runs]}
+
+
+def _scale_from_json(s: int, data: Any) -> ScalePlan:
+    where = f"scales[{s}]"
+    _typed(where, data, Mapping)
+    _known_keys(where, data, _SCALE_KEYS)
+    run = data.get("run", True)
+    _typed(f"{where}.run", run, bool)
+    if not run:
+        return ScalePlan(run=False)
+    texts = data.get("layers")
+    _typed(f"{where}.layers", texts, list)
+    layers: list[LayerAction] = []
+    for i, text in enumerate(texts):
+        layers += _parse_actions(f"{where}.layers[{i}]", text)
+    return ScalePlan(layers=tuple(layers))
+
+
+def _parse_actions(where: str, text: Any) -> list[LayerAction]:
+    match = _ACTION.fullmatch(text.strip()) if isinstance(text, str) else None
+    if match is None:
+        raise PlanError(f"cannot read {text!r}", where=where, expected='"dense", "skip" or "prune 128", "*3" for three')
+    kind, keep, times = match["kind"], match["keep"], match["times"]
+    try:
+        action = LayerAction(kind, None if keep is None else int(keep))  # type: ignore[arg-type]
+    except PlanError as error:
+        raise PlanError(error.what, where=where, expected=error.expected, todo=error.todo) from error
+    return [action] * int(times or 1)
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _typed(where: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        name = {"Mapping": "an object", "list": "a list", "int": "an integer", "str": "a string", "bool": "true or false"}
+        raise PlanError(f"got {type(value).__name__}", where=where, expected=name[kind.__name__])
+
+
+def _choice(where: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        close = nearest(str(value), valid)
+        raise PlanError(
+            f"{where} is {value!r}",
+            where=where,
+            expected="one of " + ", ".join(valid),
+            todo=f"did you mean {close!r}?" if close else "",
+        )
+
+
+def _known_keys(where: str, data: Mapping[str, Any], valid: tuple[str, ...]) -> None:
+    for key in data:
+        if key not in valid:
+            close = nearest(str(key), valid)
+            raise PlanError(
+                f"unknown key {key!r}",
+                where=where,
+                expected="one of " + ", ".join(valid),
+                todo=f"did you mean {close!r}?" if close else "remove it",
+            )
+
+
+def _in_range(where: str, values: Iterable[int], limit: int) -> None:
+    for value in values:
+        if not _is_int(value) or not 0 <= value < limit:
+            raise PlanError(f"{where} names {value!r}", where=where, expected=f"an integer in 0..{limit - 1}")
+
+
+def _write_atomic(target: Path, text: str) -> None:
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
