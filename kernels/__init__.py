@@ -1,1 +1,10 @@
-"""Operators of the toprovar namespace: reference, kernel and registration in one file each."""
+"""Operators of the toprovar namespace: reference, kernel and registration in one file each.
+
+Importing this package registers the operators; it needs only torch.
+"""
+
+from __future__ import annotations
+
+from toprovar_compile.kernels.fae import fae, fae_cached, fae_reference
+
+__all__ = ["fae", "fae_cached", "fae_reference"]

@@ -51,9 +51,7 @@ def _pair(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
                 expected="float images (B, 3, H, W)",
             )
     if a.shape != b.shape:
-        raise OptionError(
-            f"a has shape {tuple(a.shape)}, b has {tuple(b.shape)}", where=where, expected="equal shapes"
-        )
+        raise OptionError(f"a has shape {tuple(a.shape)}, b has {tuple(b.shape)}", where=where, expected="equal shapes")
     out = []
     for name, x in (("a", a), ("b", b)):
         x = x.detach().float().cpu()

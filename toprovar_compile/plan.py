@@ -25,15 +25,62 @@ Kind = Literal["dense", "prune", "skip"]
 Restore = Literal["cached", "identity"]
 Selection = Literal["topk", "gumbel"]
 Direction = Literal["low_entropy", "high_entropy"]
+Normalisation = Literal["mean_one", "literal"]
 
 PLAN_VERSION = 1
 
+_LINE = 120  # width of a plan file
+
 _KEYS = (
-    "version", "model", "num_layers", "restore", "selection", "seed", "direction", "schedule", "scales", "provenance"
+    "version", "model", "num_layers", "restore", "selection", "seed", "direction", "alpha_min", "alpha_max",
+    "normalisation", "layer_scores", "region_share", "schedule", "scales", "provenance",
 )  # fmt: skip
 _REQUIRED = ("version", "model", "num_layers", "schedule", "scales")
 _SCALE_KEYS = ("run", "layers")
-_ACTION = re.compile(r"(?P<kind>[a-z_]+)(?:\s+(?P<keep>\d+))?(?:\s*\*\s*(?P<times>\d+))?")
+_ACTION = re.compile(r"(?P<kind>[a-z_]+)(?:\s+(?P<keep>\d+))?(?:\s*\*\s*(?P<times>[1-9]\d{0,3}))?")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _typed(where: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        name = {
+            "Mapping": "an object",
+            "list": "a list",
+            "int": "an integer",
+            "str": "a string",
+            "bool": "true or false",
+        }
+        raise PlanError(f"got {type(value).__name__}", where=where, expected=name[kind.__name__])
+
+
+def _share(where: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise PlanError(f"{where} is {value!r}", where=where, expected="a number in 0..1")
+    return float(value)
+
+
+def _check_version(version: object) -> None:
+    if version != PLAN_VERSION or not _is_int(version):
+        raise PlanError(
+            f"version {version!r} is unknown",
+            where="version",
+            expected=str(PLAN_VERSION),
+            todo="make the plan again with this release",
+        )
+
+
+def _choice(where: str, value: object, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        close = nearest(str(value), valid)
+        raise PlanError(
+            f"{where} is {value!r}",
+            where=where,
+            expected="one of " + ", ".join(valid),
+            todo=f"did you mean {close!r}?" if close else "",
+        )
 
 
 @dataclass(frozen=True)
@@ -87,8 +134,10 @@ class Plan:
     `model` is the fingerprint of the model it was made for, "" for any model of the same schedule and depth.
     `restore`: a token that a layer does not compute gets the layer's delta of its last dense scale, resized ("cached"),
     or nothing ("identity"). `selection`: the best tokens ("topk"), or a sample by keep-probability seeded with `seed`
-    ("gumbel"). `direction`: which tokens are kept. `provenance` says how the plan was made (calibration numbers,
-    thresholds); it takes no part in equality and in `digest`.
+    ("gumbel"), the probability being made with `alpha_min`, `alpha_max` (0..1), `normalisation` and one score R in 0..1
+    a layer in `layer_scores` (empty: 1 for each). `direction`: which tokens are kept. `region_share`: the share (0..1)
+    of its tokens that every region of a map keeps in any case. `provenance` says how the plan was made (calibration
+    numbers, thresholds); it takes no part in equality and in `digest`.
 
     Raises PlanError when an action does not fit the schedule: a wrong number of scales or layers, a prune that keeps
     all tokens of its scale, a scale that runs after an exit, or an exit at scale 0.
@@ -102,24 +151,34 @@ class Plan:
     selection: Selection = "topk"
     seed: int = 0
     direction: Direction = "low_entropy"
+    alpha_min: float = 0.0
+    alpha_max: float = 1.0
+    normalisation: Normalisation = "mean_one"
+    layer_scores: tuple[float, ...] = ()
+    region_share: float = 0.0
     version: int = PLAN_VERSION
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))
-        if self.version != PLAN_VERSION or isinstance(self.version, bool):
-            raise PlanError(
-                f"version {self.version!r} is unknown",
-                where="version",
-                expected=str(PLAN_VERSION),
-                todo="make the plan again with this release",
-            )
+        _check_version(self.version)
         _typed("model", self.model, str)
         _typed("provenance", self.provenance, Mapping)
         _typed("seed", self.seed, int)
         _choice("restore", self.restore, get_args(Restore))
         _choice("selection", self.selection, get_args(Selection))
         _choice("direction", self.direction, get_args(Direction))
+        _choice("normalisation", self.normalisation, get_args(Normalisation))
+        for name in ("alpha_min", "alpha_max", "region_share"):
+            object.__setattr__(self, name, _share(name, getattr(self, name)))
+        scores = tuple(_share(f"layer_scores[{i}]", score) for i, score in enumerate(self.layer_scores))
+        object.__setattr__(self, "layer_scores", scores)
+        if self.layer_scores and len(self.layer_scores) != self.num_layers:
+            raise PlanError(
+                f"there are {len(self.layer_scores)} layer scores",
+                where="layer_scores",
+                expected=f"none, or {self.num_layers}, one for each layer",
+            )
         if not _is_int(self.num_layers) or self.num_layers < 1:
             raise PlanError(
                 f"num_layers is {self.num_layers!r}", where="num_layers", expected="an integer of at least 1"
@@ -203,8 +262,7 @@ class Plan:
         if not _is_int(bucket) or bucket < 1:
             raise PlanError(f"bucket is {bucket!r}", where="bucket", expected="an integer of at least 1")
         for s, share in shares.items():
-            if not 0 <= share <= 1:
-                raise PlanError(f"the share of scale {s} is {share!r}", where="keep", expected="a number in 0..1")
+            _share(f"keep of scale {s}", share)
         scales = []
         for s, n in enumerate(schedule.tokens):
             action = _action_for(shares.get(s, 1.0), n, bucket) if s >= from_scale else DENSE
@@ -234,7 +292,7 @@ class Plan:
         return self.scales[s].layers[layer]
 
     def runs(self, s: int) -> bool:
-        """Whether scale `s` is generated; False from the exit on. Raises PlanError when the schedule has no scale `s`."""
+        """Whether scale `s` is generated; False from the exit on. Raises PlanError for a scale out of range."""
         if not 0 <= s < len(self.scales):
             raise PlanError(f"there is no scale {s}", where="Plan.runs", expected=f"0..{len(self.scales) - 1}")
         return self.scales[s].run
@@ -348,6 +406,7 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data; equal neighbouring layers are written once, as in "dense*3" or "prune 128*12"."""
         values: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
+        values["layer_scores"] = list(self.layer_scores)
         values["schedule"] = self.schedule.to_json()
         values["scales"] = [_scale_to_json(scale) for scale in self.scales]
         values["provenance"] = dict(self.provenance)
@@ -357,6 +416,7 @@ class Plan:
     def from_json(cls, data: Any) -> Plan:
         """The inverse of `to_json`. Raises PlanError naming the field, and for an unknown key the nearest valid one."""
         _typed("plan", data, Mapping)
+        _check_version(data.get("version", PLAN_VERSION))
         _known_keys("plan", data, _KEYS)
         for key in _REQUIRED:
             if key not in data:
@@ -365,25 +425,30 @@ class Plan:
         try:
             values["schedule"] = ScaleSchedule.from_json(data["schedule"])
         except ScheduleError as error:
-            raise PlanError(error.what, where=f"schedule, {error.where}", expected=error.expected) from error
+            raise PlanError(
+                error.what, where=f"schedule, {error.where}", expected=error.expected, todo=error.todo
+            ) from error
         _typed("scales", data["scales"], list)
+        if "layer_scores" in data:
+            _typed("layer_scores", data["layer_scores"], list)
         values["scales"] = tuple(_scale_from_json(s, scale) for s, scale in enumerate(data["scales"]))
         return cls(**values)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON. The file appears complete or not at all; an older one is replaced."""
-        target = Path(path)
-        data = self.to_json()
-        lines = []
-        for key, value in data.items():
-            if key == "scales":
-                rows = ",\n".join(f"    {json.dumps(row)}" for row in value)
-                lines.append(f'  "scales": [\n{rows}\n  ]')
-            elif key == "provenance":
-                lines.append(f'  "provenance": {json.dumps(value, indent=2)}'.replace("\n", "\n  "))
-            else:
-                lines.append(f"  {json.dumps(key)}: {json.dumps(value)}")
-        _write_atomic(target, "{\n" + ",\n".join(lines) + "\n}\n")
+        """Write the plan as JSON. The file appears complete or not at all; an older one is replaced.
+
+        Raises PlanError when the file cannot be written, or when `provenance` is not JSON data.
+        """
+        try:
+            text = _pretty(self.to_json()) + "\n"
+        except (TypeError, ValueError) as error:
+            raise PlanError(f"not JSON data: {error}", where="provenance", expected="plain finite values") from error
+        try:
+            _write_atomic(Path(path), text)
+        except OSError as error:
+            raise PlanError(
+                f"cannot write the plan: {error.strerror}", where=str(path), expected="a writable folder"
+            ) from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -440,32 +505,13 @@ def _parse_actions(where: str, text: Any) -> list[LayerAction]:
     if match is None:
         raise PlanError(f"cannot read {text!r}", where=where, expected='"dense", "skip" or "prune 128", "*3" for three')
     kind, keep, times = match["kind"], match["keep"], match["times"]
+    if keep is not None and kind in ("dense", "skip"):
+        raise PlanError(f"{kind} has a count in {text!r}", where=where, expected=f"{kind!r} alone")
     try:
         action = LayerAction(kind, None if keep is None else int(keep))  # type: ignore[arg-type]
     except PlanError as error:
         raise PlanError(error.what, where=where, expected=error.expected, todo=error.todo) from error
     return [action] * int(times or 1)
-
-
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _typed(where: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        name = {"Mapping": "an object", "list": "a list", "int": "an integer", "str": "a string", "bool": "true or false"}
-        raise PlanError(f"got {type(value).__name__}", where=where, expected=name[kind.__name__])
-
-
-def _choice(where: str, value: object, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        close = nearest(str(value), valid)
-        raise PlanError(
-            f"{where} is {value!r}",
-            where=where,
-            expected="one of " + ", ".join(valid),
-            todo=f"did you mean {close!r}?" if close else "",
-        )
 
 
 def _known_keys(where: str, data: Mapping[str, Any], valid: tuple[str, ...]) -> None:
@@ -484,6 +530,22 @@ def _in_range(where: str, values: Iterable[int], limit: int) -> None:
     for value in values:
         if not _is_int(value) or not 0 <= value < limit:
             raise PlanError(f"{where} names {value!r}", where=where, expected=f"an integer in 0..{limit - 1}")
+
+
+def _pretty(value: Any, indent: int = 0) -> str:
+    """JSON text in which whatever fits into a line is on one, and so is every list of plain values."""
+    line = json.dumps(value, allow_nan=False)
+    if indent + len(line) <= _LINE or not isinstance(value, Mapping | list):
+        return line
+    if not isinstance(value, Mapping) and not any(isinstance(v, Mapping | list) for v in value):
+        return line
+    inner = " " * (indent + 2)
+    if isinstance(value, Mapping):
+        rows = [f"{inner}{json.dumps(str(k))}: {_pretty(v, indent + 2)}" for k, v in value.items()]
+    else:
+        rows = [inner + _pretty(v, indent + 2) for v in value]
+    opening, closing = "{}" if isinstance(value, Mapping) else "[]"
+    return f"{opening}\n" + ",\n".join(rows) + f"\n{' ' * indent}{closing}"
 
 
 def _write_atomic(target: Path, text: str) -> None:

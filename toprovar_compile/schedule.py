@@ -63,7 +63,7 @@ class ScaleSchedule:
     @classmethod
     def from_patch_nums(cls, patch_nums: Sequence[int] | Iterable[Sequence[int]]) -> ScaleSchedule:
         """A schedule from side lengths (square grids) or (h, w) pairs, coarse to fine."""
-        return cls(tuple((n, n) if isinstance(n, int) else tuple(n) for n in patch_nums))  # type: ignore[misc]
+        return cls(tuple((n, n) if isinstance(n, int) else n for n in patch_nums))  # type: ignore[misc]
 
     def to_json(self) -> list[list[int]]:
         """The grids as lists of two integers, ready for `json.dumps`."""

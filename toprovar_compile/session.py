@@ -21,14 +21,17 @@ if TYPE_CHECKING:
 class Session:
     """One generation. `scale` is the scale in progress; `plan` is bound by the first compiled step, None in eager mode.
 
-    `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas).
+    `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
+    the generation ends, however it ends.
     """
 
     schedule: ScaleSchedule
     fingerprint: Callable[[], str]
+    known_plan: Plan | None = None
     scale: int = -1
     plan: Plan | None = None
     store: dict[str, Any] = field(default_factory=dict)
+    on_close: list[Callable[[], None]] = field(default_factory=list)
 
     def scales(self) -> Iterator[int]:
         """Scale indices to run, in order, up to the scale where the plan leaves the generation (an exit)."""
@@ -48,11 +51,19 @@ def current_session() -> Session | None:
 
 
 @contextmanager
-def generation(schedule: ScaleSchedule, fingerprint: Callable[[], str]) -> Iterator[Session]:
-    """Open a session for the `with` block. Nested generations see their own session."""
-    session = Session(schedule, fingerprint)
+def generation(
+    schedule: ScaleSchedule, fingerprint: Callable[[], str], known_plan: Plan | None = None
+) -> Iterator[Session]:
+    """Open a session for the `with` block. Nested generations see their own session.
+
+    `fingerprint` names the model and its weights; `known_plan` is the plan that came with them, which compiled steps
+    take when the user asks for plan="auto".
+    """
+    session = Session(schedule, fingerprint, known_plan)
     token = _current.set(session)
     try:
         yield session
     finally:
         _current.reset(token)
+        for callback in session.on_close:
+            callback()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from toprovar_compile.errors import OptionError
 from toprovar_compile.models.vqvae import VQVAE, VQVAEConfig
+from toprovar_compile.plan import Plan
 from toprovar_compile.schedule import ScaleSchedule
 from toprovar_compile.session import generation
 
@@ -49,7 +50,7 @@ class VARConfig:
 
     @classmethod
     def official(cls, depth: int, *, shared_aln: bool = False) -> VARConfig:
-        """The published 256x256 models, depth 16, 20, 24 or 30 (`shared_aln=True` with depth 36 needs 512x512 grids)."""
+        """The published 256x256 models, depth 16, 20, 24 or 30 (the 512x512 one, d36-s, has another schedule)."""
         return cls(depth=depth, embed_dim=64 * depth, num_heads=depth, shared_aln=shared_aln)
 
     def to_json(self) -> str:
@@ -60,8 +61,17 @@ class VARConfig:
     def from_json(cls, text: str) -> VARConfig:
         """Inverse of `to_json`."""
         raw: dict[str, Any] = json.loads(text)
-        vae = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.pop("vae").items()}
+        vae: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.pop("vae").items()}
         return replace(cls(**raw), vae=VQVAEConfig(**vae))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a model samples when its caller does not say; see `VAR.forward`."""
+
+    cfg: float = 1.5
+    top_k: int = 0
+    top_p: float = 0.0
 
 
 class SelfAttention(nn.Module):
@@ -101,7 +111,8 @@ class SelfAttention(nn.Module):
             k, v = torch.cat((k_cache, k), dim=2), torch.cat((v_cache, v), dim=2)
         if scales:  # block-causal without a mask: every scale is one plain attention call
             parts = [
-                F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=self.scale) for a, b in scales
+                F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=self.scale)
+                for a, b in scales
             ]
             out = torch.cat(parts, dim=2)
         else:
@@ -178,13 +189,18 @@ class VAR(nn.Module):
     """Visual autoregressive transformer with its VQ-VAE (attribute `vae`).
 
     `forward(labels)` generates images. Compile it with `torch.compile(model, backend="toprovar")`.
+    `sampling` holds the defaults of `forward`; `class_names` maps labels to names, None when they are not known;
+    `plan` is the pruning plan made for these weights, which compiled generation takes by default.
     """
 
     lvl_1L: Tensor
+    class_names: list[str] | None = None
+    plan: Plan | None = None
 
     def __init__(self, cfg: VARConfig) -> None:
         super().__init__()
         self.cfg = cfg
+        self.sampling = Sampling()
         self.schedule = ScaleSchedule.from_patch_nums(cfg.patch_nums)
         c, total = cfg.embed_dim, self.schedule.total
         self.vae = VQVAE(cfg.vae)
@@ -197,8 +213,14 @@ class VAR(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.depth))
         self.head_nm = HeadNorm(cfg)
         self.head = nn.Linear(c, cfg.vae.vocab_size)
-        levels = torch.cat([torch.full((n,), s) for s, n in enumerate(self.schedule.tokens)])
-        self.register_buffer("lvl_1L", levels.view(1, total), persistent=False)
+        self.register_buffer("lvl_1L", torch.zeros(1, total, dtype=torch.int64), persistent=False)
+        self.reset_constants()
+
+    def reset_constants(self) -> None:
+        """Fill the buffers that follow from the configuration, as a model built on the meta device needs it."""
+        levels = torch.arange(len(self.schedule), device=self.lvl_1L.device)
+        counts = torch.tensor(self.schedule.tokens, device=self.lvl_1L.device)
+        self.lvl_1L.copy_(levels.repeat_interleave(counts, output_size=self.schedule.total).view(1, -1))
 
     def init_weights(self, std_scale: float = 1.0) -> None:
         """Initialise for training from scratch, with the official recipe's standard deviations."""
@@ -213,7 +235,7 @@ class VAR(nn.Module):
                 nn.init.trunc_normal_(p, std=std)
         with torch.no_grad():
             self.head.weight.mul_(0.02)
-            self.head_nm.ada_lin[1].weight.mul_(0.5)  # type: ignore[union-attr, operator]
+            self.head_nm.ada_lin[1].weight.mul_(0.5)  # type: ignore[operator]
             for block in self.blocks:
                 assert isinstance(block, Block)
                 block.attn.proj.weight.div_(math.sqrt(2 * depth))
@@ -259,25 +281,32 @@ class VAR(nn.Module):
             values.append(v)
         return self.get_logits(x, cond), keys, values
 
-    @torch.compiler.disable(recursive=False)
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def forward(
         self,
         labels: Tensor,
         *,
         seed: int | None = None,
-        cfg: float = 1.5,
-        top_k: int = 0,
-        top_p: float = 0.0,
+        cfg: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
         more_smooth: bool = False,
     ) -> Tensor:
         """Generate images (batch, 3, H, W) in 0..1 for class labels, int64 (batch,).
 
-        `num_classes` as a label is the unconditional class. `seed` fixes every draw. `cfg` is the guidance strength t of
-        the last scale; scale s uses t * s / (S - 1): logits = (1 + t) * cond - t * uncond. `top_k` = 0 and `top_p` = 0
-        turn the filters off. `more_smooth` samples by Gumbel softmax (for show, not for metrics).
+        `num_classes` as a label is the unconditional class. `seed` fixes every draw. `cfg` is the guidance strength t
+        of the last scale; scale s uses t * s / (S - 1): logits = (1 + t) * cond - t * uncond. `top_k` = 0 and
+        `top_p` = 0 turn the filters off. Where they are None, `self.sampling` decides. `more_smooth` samples by Gumbel
+        softmax (for show, not for metrics).
         Raises OptionError for labels of a wrong dtype, shape or range.
         """
-        with torch.no_grad(), generation(self.schedule, self.fingerprint) as session:
+        with torch.no_grad(), generation(self.schedule, self.fingerprint, self.plan) as session:
+            default = self.sampling
+            sampling = Sampling(
+                cfg=default.cfg if cfg is None else cfg,
+                top_k=default.top_k if top_k is None else top_k,
+                top_p=default.top_p if top_p is None else top_p,
+            )
             x, cond, mod, rng = self._begin(labels, seed)
             side = self.cfg.patch_nums[-1]
             f_hat = x.new_zeros(labels.shape[0], self.cfg.vae.z_channels, side, side)
@@ -285,12 +314,12 @@ class VAR(nn.Module):
             values: list[Tensor] = []
             for s in session.scales():
                 logits, keys, values = self.step(x, cond, mod, keys, values)
-                f_hat, x = self._advance(s, logits, f_hat, rng, (cfg, top_k, top_p, more_smooth))
+                f_hat, x = self._advance(s, logits, f_hat, rng, sampling, more_smooth)
             return self.vae.decode(f_hat)
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, labels: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, torch.Generator | None]:
-        """First input map, condition, modulation and generator; the batch is doubled for CFG: cond first, then uncond."""
+        """First input map, condition, modulation and generator, the batch doubled for CFG: cond first, then uncond."""
         if labels.ndim != 1 or labels.dtype not in (torch.int64, torch.int32):
             raise OptionError(
                 f"labels have shape {tuple(labels.shape)} and dtype {labels.dtype}",
@@ -318,27 +347,27 @@ class VAR(nn.Module):
         """Level plus position embedding of the tokens start..end of the whole sequence: (1, end - start, C)."""
         return self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]  # type: ignore[no-any-return]
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(
         self,
         s: int,
         logits: Tensor,
         f_hat: Tensor,
         rng: torch.Generator | None,
-        sampling: tuple[float, int, float, bool],
+        sampling: Sampling,
+        more_smooth: bool,
     ) -> tuple[Tensor, Tensor]:
         """Sample scale s from logits (2B, n, V); return the new f_hat and the input (2B, n', C) of the next scale."""
-        cfg, top_k, top_p, more_smooth = sampling
         batch, last = f_hat.shape[0], len(self.cfg.patch_nums) - 1
         ratio = s / last if last else 1.0
-        t = cfg * ratio
+        t = sampling.cfg * ratio
         mixed = (1 + t) * logits[:batch] - t * logits[batch:]
         embedding = self.vae.quantize.embedding
         if more_smooth:
             tau = max(0.27 * (1 - ratio * 0.95), 0.005)
             h = sample_gumbel(mixed.mul(1 + ratio), tau, rng).to(embedding.weight.dtype) @ embedding.weight.unsqueeze(0)
         else:
-            h = embedding(sample_tokens(mixed, top_k, top_p, rng))
+            h = embedding(sample_tokens(mixed, sampling.top_k, sampling.top_p, rng))
         side = self.cfg.patch_nums[s]
         h = h.transpose(1, 2).reshape(batch, self.cfg.vae.z_channels, side, side)
         f_hat, nxt = self.vae.quantize.next_input(s, f_hat, h)
@@ -352,20 +381,26 @@ class VAR(nn.Module):
     def teacher_forced(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Training pass: logits (B, L, V) of all scales from labels (B,) and `VQVAE.quantize.teacher_inputs` output.
 
-        A share `cond_drop_rate` of the labels is replaced by the unconditional class when the module is in training mode.
-        Attention is block-causal: a token sees its own scale and the coarser ones.
+        Inputs of the first scales only give the logits of those scales. In training mode a share `cond_drop_rate` of
+        the labels is replaced by the unconditional class. Attention is block-causal: a token sees its own scale and
+        the coarser ones.
         """
+        x, cond, mod, scales = self.teacher_begin(labels, inputs)
+        for block in self.blocks:
+            x, _, _ = block(x, mod, None, None, scales)
+        return self.get_logits(x, cond)
+
+    def teacher_begin(self, labels: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, list[tuple[int, int]]]:
+        """What `teacher_forced` runs its blocks on: tokens (B, L, C), condition, modulation and the spans of scales."""
         if self.training:
             drop = torch.rand(labels.shape, device=labels.device) < self.cfg.cond_drop_rate
             labels = torch.where(drop, self.cfg.num_classes, labels)
         cond = self.class_emb(labels)
         first = cond.unsqueeze(1) + self.pos_start
-        x = torch.cat((first, self.word_embed(inputs)), dim=1) + self._positions(0, self.schedule.total)
-        scales = [(p, p + n) for n, p in zip(self.schedule.tokens, self.schedule.prior, strict=True)]
-        mod = self.shared_ada_lin(cond)
-        for block in self.blocks:
-            x, _, _ = block(x, mod, None, None, scales)
-        return self.get_logits(x, cond)
+        total = first.shape[1] + inputs.shape[1]
+        x = torch.cat((first, self.word_embed(inputs)), dim=1) + self._positions(0, total)
+        scales = [(p, p + n) for n, p in zip(self.schedule.tokens, self.schedule.prior, strict=True) if p < total]
+        return x, cond, self.shared_ada_lin(cond), scales
 
 
 def sample_tokens(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator | None) -> Tensor:

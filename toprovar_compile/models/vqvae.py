@@ -147,9 +147,9 @@ class Encoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for level in self.down:
-            x = level.run(x)
+            x = level.run(x)  # type: ignore[operator]
             if hasattr(level, "downsample"):
-                x = level.downsample(x)
+                x = level.downsample(x)  # type: ignore[operator]
         out: Tensor = self.conv_out(F.silu(self.norm_out(self.mid(x))))
         return out
 
@@ -215,6 +215,17 @@ class _PhiTable(nn.Module):
         return phi
 
 
+def _bicubic(h: Tensor, hw: tuple[int, int]) -> Tensor:
+    """Bicubic resize of a square map (B, C, pn, pn) to hw."""
+    if not h.is_cuda or hw[0] != hw[1]:
+        return F.interpolate(h, size=hw, mode="bicubic")
+    # Torch's CUDA kernel runs one thread a pixel, whatever the batch, and its backward is a queue of atomics.
+    with torch.autocast("cuda", enabled=False):
+        rows = torch.eye(h.shape[-1], device=h.device, dtype=h.dtype).unsqueeze(-1)
+        weight = F.interpolate(rows.unsqueeze(0), size=(hw[0], 1), mode="bicubic")[0, :, :, 0]
+        return weight.T @ h @ weight
+
+
 class MultiScaleQuantizer(nn.Module):
     """Residual quantiser over the scales `patch_nums` with one codebook."""
 
@@ -234,17 +245,21 @@ class MultiScaleQuantizer(nn.Module):
 
     def nearest(self, z: Tensor) -> Tensor:
         """Codebook index of every row of z (M, z_channels): int64 (M,)."""
-        book = self.embedding.weight
+        book: Tensor = self.embedding.weight
         if self.using_znorm:
             return (F.normalize(z, dim=-1) @ F.normalize(book, dim=-1).T).argmax(1)
         d = book.square().sum(1) - 2 * (z @ book.T)
         return d.argmin(1)
 
-    def forward(self, f: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Quantise features (B, C, h, w): (straight-through features, loss, indices of each scale (B, pn*pn))."""
+    def forward(self, f: Tensor, kept: Tensor | None = None) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Quantise features (B, C, h, w): (straight-through features, loss, indices of each scale (B, pn*pn)).
+
+        `kept`, int64 (B,), leaves each sample's features with its first so many scales; the loss is that of all scales.
+        """
         b, c, h, w = f.shape
         f = f.float()
         rest, f_hat = f.detach().clone(), torch.zeros_like(f)
+        result = f_hat
         loss = f.new_zeros(())
         indices = []
         for s, pn in enumerate(self.patch_nums):
@@ -254,16 +269,18 @@ class MultiScaleQuantizer(nn.Module):
             indices.append(idx)
             step = self.contribution(self.embedding(idx).transpose(1, 2).reshape(b, c, pn, pn), s, (h, w))
             f_hat = f_hat + step
+            result = f_hat if kept is None else torch.where((s < kept).view(b, 1, 1, 1), f_hat, result)
             rest = rest - step.detach()
             loss = loss + self.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, f.detach())
         loss = loss / len(self.patch_nums)
-        return f + (f_hat - f).detach(), loss, indices
+        return f + (result - f).detach(), loss, indices
 
     def contribution(self, h: Tensor, scale: int, hw: tuple[int, int]) -> Tensor:
         """What one scale's embedded token map (B, C, pn, pn) adds to the feature map: (B, C, *hw)."""
         if h.shape[-2:] != hw:
-            h = F.interpolate(h, size=hw, mode="bicubic")
-        return self.phi(scale)(h)
+            h = _bicubic(h, hw)
+        out: Tensor = self.phi(scale)(h)
+        return out
 
     def next_input(self, scale: int, f_hat: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         """Add scale's map h (B, C, pn, pn) to f_hat (B, C, H, W): (new f_hat, it area-resized to the next scale)."""

@@ -1,1 +1,53 @@
 """Pruning policies: how a scale and a layer are scored, how much is kept, how the rest is restored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, Restore, ScalePlan
+from toprovar_compile.schedule import ScaleSchedule
+
+__all__ = ["Policy", "make_plan"]
+
+
+class Policy(Protocol):
+    """Decides, for one model, what each layer does at each scale. `make_plan` turns the decisions into a plan."""
+
+    def score(self, s: int, layer: int, entropy: Tensor) -> Tensor:
+        """Keep-probability 0..1 of each token, float32 (B, N), from its entropy (B, N)."""
+        ...
+
+    def keep_count(self, s: int, layer: int) -> int:
+        """Tokens that `layer` computes at scale `s`: all of the scale for a dense layer, 0 for a skipped one."""
+        ...
+
+    def restore(self) -> Restore:
+        """What a token that is not computed becomes."""
+        ...
+
+    def exits(self, s: int) -> bool:
+        """Whether the generation is left before scale `s`."""
+        ...
+
+
+def make_plan(
+    policy: Policy, schedule: ScaleSchedule, num_layers: int, *, provenance: Mapping[str, Any], **fields: Any
+) -> Plan:
+    """The plan of a policy; `fields` are further fields of `Plan`. Raises PlanError when the plan cannot run."""
+    scales = []
+    left = False
+    for s, n in enumerate(schedule.tokens):
+        left = left or policy.exits(s)
+        scales.append(ScalePlan(not left, tuple(_action(policy.keep_count(s, i), n) for i in range(num_layers))))
+    plan = Plan(schedule, num_layers, tuple(scales), restore=policy.restore(), provenance=provenance, **fields)
+    plan.validate_first()
+    return plan
+
+
+def _action(keep: int, n: int) -> LayerAction:
+    if keep >= n:
+        return DENSE
+    return LayerAction("prune", keep) if keep else SKIP

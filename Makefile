@@ -1,0 +1,39 @@
+# `make demo` and `make test` work on a bare Linux machine: both create .venv first.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint bench clean
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.ready
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+help:
+	@echo "make demo    generate emoji three ways (eager, Inductor, toprovar) and compare; DEMO_ARGS='--count 4'"
+	@echo "make test    run the test suite; PYTEST_ARGS='-k plan'"
+	@echo "make lint    ruff and mypy"
+	@echo "make bench   measure the table of the README again (about an hour on two CPU cores)"
+	@echo "make clean   remove the environment and what the tools cached"
+
+demo: $(STAMP)
+	$(BIN)/toprovar demo $(DEMO_ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(STAMP)
+	$(BIN)/python benchmarks/emoji_var.py --update-readme
+
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache build *.egg-info
+
+$(STAMP): pyproject.toml constraints.txt scripts/setup_env.sh
+	@bash scripts/setup_env.sh $(VENV)
+	@touch $@

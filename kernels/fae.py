@@ -1,0 +1,473 @@
+"""FlashAttention-Entropy: attention that also returns how spread out each of its rows is.
+
+Formula (natural logarithm), for one head and a = softmax(scale * q k^T + bias):
+    out = a v,    entropy_i = -sum_j a_ij ln a_ij, averaged over heads.
+
+Shapes: q (B, H, n, D), k and v (B, H, m, D), any strides; bias None or broadcastable to (B, H, n, m), additive
+(floating point) or boolean (True = attend). out (B, H, n, D) has the dtype of q and the memory of a contiguous
+(B, n, H, D); entropy (B, n) is float32, and (B, 0) when it is not asked for. k and v are cast to the dtype of q.
+A row that attends to nothing (m = 0, or all of it masked) has out 0 and entropy 0. For inference: no gradient.
+
+Numerics: scores, sums and entropy are accumulated in float32 (float64 for float64 inputs). The error of the entropy
+is a few float32 roundings of the largest score in the row, below 1e-4 nats for scores up to 100; rounding of the
+inputs is not counted. No form stores the n x m matrix.
+
+CUDA runs a Triton kernel with one more running sum than FlashAttention: with t = score - max and
+E = sum p t, entropy = ln(l) - E / l. CPU has no such kernel and uses entropy = lse - scale * q . (a k), that is
+PyTorch's flash attention once more with k in place of v.
+"""
+
+# Triton infers the types of a kernel's arguments; annotations other than constexpr would change what it compiles.
+# mypy: disable-error-code="no-untyped-def, untyped-decorator"
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from toprovar_compile.errors import CacheOverflowError, MissingTritonError, OptionError
+from toprovar_compile.kernels import fae_cpu
+from toprovar_compile.kernels._triton import HAS_TRITON, tl, triton
+
+_LN2 = math.log(2.0)
+_LOG2E = 1.0 / _LN2
+_MAX_HEAD_DIM = 256
+_ROW_BUDGET = 1 << 18  # scores alive at once where the CPU form has to write them: 1 MiB, what an L2 cache holds
+
+
+def fae_reference(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """The definition of correct, at the cost of the whole matrix: (out, entropy), in float64 if q is, else float32."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * scale
+    if bias is not None:
+        scores = scores + _additive(bias, dtype)
+    a = torch.softmax(scores, dim=-1).nan_to_num(0.0)  # a fully masked row is 0 / 0
+    return a @ v, torch.special.entr(a).sum(-1).mean(1)
+
+
+def _additive(bias: Tensor, dtype: torch.dtype) -> Tensor:
+    if bias.dtype != torch.bool:
+        return bias.to(dtype)
+    return torch.zeros(bias.shape, dtype=dtype, device=bias.device).masked_fill_(~bias, -math.inf)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tile sizes and launch parameters of the kernel."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# Keyed by compute capability, then by (bytes per element, padded head dim up to, has a bias). Tuned on sm_90 only; for
+# the others, shared memory and registers were checked by compiling for the target.
+_FP32 = {
+    (4, 64, False): Config(64, 32, 4, 2),
+    (4, 128, False): Config(32, 32, 8, 2),
+    (4, 256, False): Config(16, 16, 4, 2),
+    (4, 64, True): Config(64, 32, 4, 2),
+    (4, 128, True): Config(32, 32, 8, 2),
+    (4, 256, True): Config(16, 16, 4, 2),
+}
+# The tile of bias lives in registers next to the tile of scores.
+_BIASED = {
+    (2, 64, True): Config(128, 64, 8, 2),
+    (2, 128, True): Config(64, 32, 4, 2),
+    (2, 256, True): Config(64, 32, 8, 2),
+}
+_SM80 = {
+    (2, 64, False): Config(128, 64, 8, 3),
+    (2, 128, False): Config(128, 64, 8, 3),
+    (2, 256, False): Config(64, 32, 8, 2),
+}
+_SM86 = {
+    (2, 64, False): Config(128, 64, 8, 2),
+    (2, 128, False): Config(64, 64, 4, 2),
+    (2, 256, False): Config(64, 32, 8, 2),
+}
+_SM90 = {
+    (2, 64, False): Config(128, 128, 8, 3),
+    (2, 128, False): Config(128, 128, 8, 2),
+    (2, 256, False): Config(64, 32, 8, 2),
+}
+CONFIGS: dict[tuple[int, int], dict[tuple[int, int, bool], Config]] = {
+    (8, 0): _SM80 | _BIASED | _FP32,
+    (8, 6): _SM86 | _BIASED | _FP32,
+    (9, 0): _SM90 | _BIASED | _FP32,
+    (10, 0): _SM90 | _BIASED | _FP32,
+    (12, 0): _SM86 | _BIASED | _FP32,
+}
+
+
+def pick_config(capability: tuple[int, int], itemsize: int, block_d: int, biased: bool, n: int) -> Config:
+    """The pinned configuration for a device; never measured at run time, so safe inside CUDA-graph capture.
+
+    Capabilities between two entries use the lower one. Few queries take short row tiles.
+    """
+    known = max((c for c in CONFIGS if c <= capability), default=(8, 0))
+    fits = {d: c for (size, d, b), c in CONFIGS[known].items() if (size, b) == (itemsize, biased) and block_d <= d}
+    cfg = fits[min(fits)]
+    if n > cfg.block_m // 2:
+        return cfg
+    return Config(max(16, triton.next_power_of_2(n)), min(cfg.block_n, 64), 4, cfg.num_stages)
+
+
+@triton.jit
+def _fae_rows(s, row_max, row_sum, row_ent, MASKED: tl.constexpr):
+    """Fold a tile of scores [BM, BN], log-2 domain, into the running statistics [BM]: (p, rescale, max, sum, E)."""
+    new_max = tl.maximum(row_max, tl.max(s, 1))
+    t = s - new_max[:, None]
+    if MASKED:
+        t = tl.where(t < -1.0e4, -1.0e4, t)  # p is 0 either way, and 0 * -inf would be nan
+    p = tl.math.exp2(t)
+    shift = row_max - new_max
+    alpha = tl.math.exp2(shift)
+    row_ent = alpha * (row_ent + shift * row_sum) + tl.sum(p * t, 1)
+    return p, alpha, new_max, alpha * row_sum + tl.sum(p, 1), row_ent
+
+
+@triton.jit
+def _fae_bias(s, bias_ptrs, ok, BIAS: tl.constexpr):
+    """Scores [BM, BN] with the additive (1) or boolean (2) bias applied where `ok`."""
+    if BIAS == 1:
+        s += tl.load(bias_ptrs, mask=ok, other=0.0).to(tl.float32) * 1.4426950408889634
+    if BIAS == 2:
+        s = tl.where(tl.load(bias_ptrs, mask=ok, other=0) != 0, s, float("-inf"))
+    return s
+
+
+# Token counts are not specialised: one compiled kernel serves every scale.
+@triton.jit(do_not_specialize=["num_heads", "n", "m"])
+def _fae_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    out_ptr,
+    ent_ptr,
+    qsb,
+    qsh,
+    qsn,
+    qsd,
+    ksb,
+    ksh,
+    ksm,
+    ksd,
+    vsb,
+    vsh,
+    vsm,
+    vsd,
+    bsb,
+    bsh,
+    bsn,
+    bsm,
+    num_heads,
+    n,
+    m,
+    scale_log2,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    BIAS: tl.constexpr,  # 0 none, 1 additive, 2 boolean
+    PRECISION: tl.constexpr,
+):
+    tiles = tl.cdiv(n, BM)
+    pid = tl.program_id(0)
+    bh = pid // tiles
+    b = (bh // num_heads).to(tl.int64)
+    h = (bh % num_heads).to(tl.int64)
+    rows32 = (pid % tiles) * BM + tl.arange(0, BM)
+    row_ok = rows32 < n
+    rows = rows32.to(tl.int64)
+    cols = tl.arange(0, BN).to(tl.int64)
+    dims = tl.arange(0, BD).to(tl.int64)
+    dim_ok = dims < D
+
+    q_ptrs = q_ptr + b * qsb + h * qsh + rows[:, None] * qsn + dims[None, :] * qsd
+    q = tl.load(q_ptrs, mask=row_ok[:, None] & dim_ok[None, :], other=0.0)  # [BM, BD]
+    k_ptrs = k_ptr + b * ksb + h * ksh + cols[None, :] * ksm + dims[:, None] * ksd  # [BD, BN]
+    v_ptrs = v_ptr + b * vsb + h * vsh + cols[:, None] * vsm + dims[None, :] * vsd  # [BN, BD]
+    bias_row = bias_ptr + b * bsb + h * bsh + rows * bsn  # [BM]
+
+    row_max = tl.full([BM], -1.0e30, tl.float32)  # finite: -inf - -inf would be nan on a fully masked row
+    row_sum = tl.zeros([BM], tl.float32)
+    row_ent = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BD], tl.float32)
+
+    wide = tl.cast(BN, tl.int64)
+    full = (m // BN) * BN
+    for _ in range(0, full, BN):
+        if BD == D:
+            k = tl.load(k_ptrs)
+            v = tl.load(v_ptrs)
+        else:
+            k = tl.load(k_ptrs, mask=dim_ok[:, None], other=0.0)
+            v = tl.load(v_ptrs, mask=dim_ok[None, :], other=0.0)
+        s = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BM, BN]
+        s = _fae_bias(s, bias_row[:, None] + cols[None, :] * bsm, row_ok[:, None], BIAS)
+        p, alpha, row_max, row_sum, row_ent = _fae_rows(s, row_max, row_sum, row_ent, BIAS != 0)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+        k_ptrs += wide * ksm
+        v_ptrs += wide * vsm
+        bias_row += wide * bsm
+
+    if full < m:
+        col_ok = cols < m - full
+        k = tl.load(k_ptrs, mask=dim_ok[:, None] & col_ok[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=dim_ok[None, :] & col_ok[:, None], other=0.0)
+        s = tl.dot(q, k, input_precision=PRECISION) * scale_log2
+        s = _fae_bias(s, bias_row[:, None] + cols[None, :] * bsm, row_ok[:, None] & col_ok[None, :], BIAS)
+        s = tl.where(col_ok[None, :], s, float("-inf"))
+        p, alpha, row_max, row_sum, row_ent = _fae_rows(s, row_max, row_sum, row_ent, True)
+        acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+
+    some = row_sum != 0  # also true of nan
+    norm = tl.where(some, row_sum, 1.0)
+    entropy = tl.where(some, (tl.math.log2(norm) - row_ent / norm) * 0.6931471805599453, 0.0)
+    tl.store(ent_ptr + bh.to(tl.int64) * n + rows, entropy, mask=row_ok)
+    out_ptrs = out_ptr + ((b * n + rows[:, None]) * num_heads + h) * D + dims[None, :]
+    out = (acc / norm[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptrs, out, mask=row_ok[:, None] & dim_ok[None, :])
+
+
+def _launch_fae(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel: (out, entropy)."""
+    b, h, n, d = q.shape
+    m = k.shape[2]
+    out = _empty_out(q)
+    entropy = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
+    kind, mask = 0, q.new_empty(()).expand(b, h, n, m)  # not read
+    if bias is not None:
+        kind, mask = (2, bias.view(torch.uint8)) if bias.dtype == torch.bool else (1, bias)
+        mask = mask.expand(b, h, n, m)
+    block_d = max(16, triton.next_power_of_2(d))
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)  # CPU: Triton's interpreter
+    cfg = pick_config(capability, q.element_size(), block_d, kind != 0, n)
+    with torch.cuda.device(q.device) if q.is_cuda else nullcontext():
+        _fae_kernel[(triton.cdiv(n, cfg.block_m) * b * h,)](
+            q,
+            k,
+            v,
+            mask,
+            out,
+            entropy,
+            *q.stride(),
+            *k.stride(),
+            *v.stride(),
+            *mask.stride(),
+            h,
+            n,
+            m,
+            scale * _LOG2E,
+            D=d,
+            BM=cfg.block_m,
+            BN=cfg.block_n,
+            BD=block_d,
+            BIAS=kind,
+            PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
+            num_warps=cfg.num_warps,
+            num_stages=cfg.num_stages,
+        )
+    return out, entropy.mean(1)
+
+
+def _empty_out(q: Tensor) -> Tensor:
+    b, h, n, d = q.shape
+    return q.new_empty((b, n, h, d)).transpose(1, 2)
+
+
+def _no_entropy(q: Tensor) -> Tensor:
+    return torch.empty((q.shape[0], 0), dtype=torch.float32, device=q.device)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Refuse shapes that the kernels would read out of bounds."""
+    if q.dim() != 4 or k.shape != v.shape or k.shape != (*q.shape[:2], *k.shape[2:3], q.shape[3]):
+        raise OptionError(
+            f"attention inputs do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}",
+            where="toprovar::fae",
+            expected="q (B, H, n, D) and k, v (B, H, m, D)",
+            todo="repeat shared key heads and transpose to (B, H, tokens, D) before the call",
+        )
+
+
+def _nothing_to_attend(q: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    measured = torch.zeros((q.shape[0], q.shape[2]), dtype=torch.float32, device=q.device)
+    return _empty_out(q).zero_(), measured if entropy else _no_entropy(q)
+
+
+def _plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    if bias is not None:
+        bias = bias.expand(*q.shape[:3], k.shape[2])
+        bias = bias if bias.dtype == torch.bool else bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
+
+
+def _token_major(out: Tensor) -> Tensor:
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def _fae_cuda(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if q.numel() == 0 or k.numel() == 0:
+        return _nothing_to_attend(q, entropy)
+    if not entropy:
+        return _token_major(_plain_attention(q, k, v, bias, scale)), _no_entropy(q)
+    if not HAS_TRITON:
+        raise MissingTritonError(
+            "attention entropy on CUDA needs Triton, which is not installed",
+            where="toprovar::fae",
+            expected="the triton package, which the CUDA wheels of torch bring with them",
+            todo="install torch from its CUDA index, or `pip install triton`",
+        )
+    if q.shape[3] > _MAX_HEAD_DIM or q.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise OptionError(
+            f"no CUDA kernel measures entropy for head dimension {q.shape[3]} in {q.dtype}",
+            where="toprovar::fae",
+            expected=f"a head dimension up to {_MAX_HEAD_DIM} in float32, float16 or bfloat16",
+            todo="convert the inputs, or call with entropy=False",
+        )
+    return _launch_fae(q, k, v, bias, scale)
+
+
+def _fae_cpu(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if q.numel() == 0 or k.numel() == 0:  # PyTorch's CPU kernel divides by the number of keys
+        return _nothing_to_attend(q, entropy)
+    if not entropy:
+        return _token_major(_plain_attention(q, k, v, bias, scale)), _no_entropy(q)
+    return (
+        fae_cpu.attend(q, k, v, bias, scale)
+        or (_by_rows(q, k, v, bias, scale) if bias is not None and bias.dtype != torch.bool else None)
+        or _by_identity(q, k, v, bias, scale)
+    )
+
+
+def _by_identity(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention, then attention to the keys, whose product with q is the mean score of the row."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    bias = None if mask is None else _additive(mask, dtype).expand(*q.shape[:3], k.shape[2])
+    out = _plain_attention(q, k, v, mask, scale)
+    # In half precision the mean key would be rounded to 3 digits, so this half runs in float32.
+    q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q.to(dtype), k.to(dtype)))  # what it takes
+    mean_key, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default(
+        q, k, k, 0.0, False, attn_mask=bias, scale=scale
+    )
+    per_head = lse.sub(torch.linalg.vecdot(q, mean_key), alpha=scale)
+    return _token_major(out), per_head.clamp_(0.0, math.log(k.shape[2])).mean(1).float()
+
+
+def _by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention with an additive bias, a few query rows of scores at a time: the mean score contains the bias."""
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    b, h, n, _ = q.shape
+    m = k.shape[2]
+    bias = bias.expand(b, h, n, m)
+    out = _empty_out(q)
+    entropy = torch.empty((b, n), dtype=torch.float32)
+    keys, values = k.to(dtype).transpose(-1, -2), v.to(dtype)
+    step = max(1, _ROW_BUDGET // (b * h * m))
+    for at in range(0, n, step):
+        rows = slice(at, min(at + step, n))
+        t = (q[:, :, rows].to(dtype) @ keys).mul_(scale).add_(bias[:, :, rows])
+        t.sub_(t.amax(-1, keepdim=True).clamp_min_(-1e30)).clamp_min_(-1e4)  # finite on a fully masked row
+        p = t.exp()
+        total = p.sum(-1)
+        norm = torch.where(total > 0, total, 1.0)
+        entropy[:, rows] = (norm.log() - torch.linalg.vecdot(p, t) / norm).mean(1)
+        out[:, :, rows] = (p @ values).div_(norm.unsqueeze(-1))
+    return out, entropy
+
+
+def _fae_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    bias: Tensor | None,
+    scale: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    n, capacity = k.shape[2], k_cache.shape[2]
+    end = start + n
+    if start < 0 or end > capacity:
+        raise CacheOverflowError(
+            f"{n} tokens at row {start} do not fit a cache of {capacity} rows",
+            where="toprovar::fae_cached",
+            expected=f"0 <= start <= {capacity - n}",
+            todo="preallocate the caches for every scale of the schedule",
+        )
+    k_cache.narrow(2, start, n).copy_(k)
+    v_cache.narrow(2, start, n).copy_(v)
+    attend = _fae_cuda if q.is_cuda else _fae_cpu
+    return attend(q, k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end), bias, scale, entropy)
+
+
+def _fake(q: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    return _empty_out(q), q.new_empty((q.shape[0], q.shape[2] if entropy else 0), dtype=torch.float32)
+
+
+# Any strides do, so the compiler need not copy inputs into the layout it saw while tracing.
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout)
+
+torch.library.define(
+    "toprovar::fae",
+    "(Tensor q, Tensor k, Tensor v, Tensor? bias, float scale, bool entropy) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.impl("toprovar::fae", "CPU", _fae_cpu)
+torch.library.impl("toprovar::fae", "CUDA", _fae_cuda)
+
+
+def _fae_fake(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    return _fake(q, entropy)
+
+
+torch.library.register_fake("toprovar::fae", _fae_fake)
+torch.library.define(
+    "toprovar::fae_cached",
+    "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, Tensor? bias, float scale,"
+    " bool entropy) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.impl("toprovar::fae_cached", "CPU", _fae_cached)
+torch.library.impl("toprovar::fae_cached", "CUDA", _fae_cached)
+
+
+def _fae_cached_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: int,
+    bias: Tensor | None,
+    scale: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor]:
+    return _fake(q, entropy)
+
+
+torch.library.register_fake("toprovar::fae_cached", _fae_cached_fake)
+
+fae = torch.ops.toprovar.fae.default
+fae_cached = torch.ops.toprovar.fae_cached.default

@@ -1,0 +1,294 @@
+"""FlashAttention-Entropy for the CPU: C++ compiled for this machine the first time it is needed, then kept on disk.
+
+The algorithm of the Triton kernel (streaming softmax and E = sum p t, base 2, float32): PyTorch's own flash attention
+has no such sum, and getting the entropy from its log-sum-exp costs a second attention. One parallel loop over tiles of
+queries; besides its inputs it stores only copies of k and v in the order they are read in.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import subprocess
+import tempfile
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from toprovar_compile.errors import ToproVarWarning
+
+MAX_HEAD_DIM = 256
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
+_Function = Callable[..., None]
+
+_SOURCE = r"""
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace {
+
+// Vectors as wide as registers, and as many accumulators (ROWS x COLS) as there are registers for.
+#if defined(__AVX512F__)
+constexpr int64_t W = 16, COLS = 4;
+#elif defined(__AVX__)
+constexpr int64_t W = 8, COLS = 2;
+#elif defined(__aarch64__)
+constexpr int64_t W = 4, COLS = 4;
+#else
+constexpr int64_t W = 4, COLS = 2;
+#endif
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef float unaligned_vec __attribute__((vector_size(4 * W), aligned(4)));
+typedef int32_t int_vec __attribute__((vector_size(4 * W)));
+
+constexpr int64_t BM = 48, BN = 128, ROWS = 6, MAX_D = 256;
+constexpr int64_t PANEL = COLS * W;
+constexpr float NOTHING = -1e30f;  // maximum of no scores; scores below it are masked
+
+inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
+inline void store(float* p, vec x) { *reinterpret_cast<unaligned_vec*>(p) = x; }
+
+// 2^t for -127 <= t < 128, 2e-9 relative before rounding; 2^-127 comes out as 0, NaN as some number.
+inline vec exp2_of(vec t) {
+  const vec shifted = t + 12582912.0f;  // 1.5 * 2^23: the integer nearest to t stands in the low bits
+  const vec f = t - (shifted - 12582912.0f);
+  vec p = f * 1.53458051e-4f + 1.33999307e-3f;
+  p = p * f + 9.61848907e-3f;
+  p = p * f + 5.55032864e-2f;
+  p = p * f + 2.40226462e-1f;
+  p = p * f + 6.93147182e-1f;
+  p = p * f + 1.0f;
+  return (vec)((int_vec)p + ((int_vec)shifted << 23));
+}
+
+inline float sum(vec x) {
+  float s = 0;
+  for (int i = 0; i < W; ++i) s += x[i];
+  return s;
+}
+
+// c (ROWS x C vectors) = a (ROWS x depth) b (depth x C vectors), or added to c.
+template <int C, bool ADD>
+inline void product(const float* a, int64_t lda, const float* b, int64_t ldb, int64_t depth, float* c, int64_t ldc) {
+  vec acc[ROWS][C];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int j = 0; j < C; ++j) acc[r][j] = ADD ? load(c + r * ldc + j * W) : vec{};
+  for (int64_t i = 0; i < depth; ++i) {
+    vec row[C];
+#pragma GCC unroll 16
+    for (int j = 0; j < C; ++j) row[j] = load(b + i * ldb + j * W);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r) {
+      const float x = a[r * lda + i];
+#pragma GCC unroll 16
+      for (int j = 0; j < C; ++j) acc[r][j] += x * row[j];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 16
+    for (int j = 0; j < C; ++j) store(c + r * ldc + j * W, acc[r][j]);
+}
+
+// o (rows x width) += p (rows x depth) v (depth x width), width a multiple of W.
+void accumulate(const float* p, const float* v, int64_t rows, int64_t depth, int64_t width, float* o) {
+  int64_t c = 0;
+  for (; c + PANEL <= width; c += PANEL)
+    for (int64_t r = 0; r < rows; r += ROWS)
+      product<COLS, true>(p + r * BN, BN, v + c, width, depth, o + r * width + c, width);
+  for (; c < width; c += W)
+    for (int64_t r = 0; r < rows; r += ROWS)
+      product<1, true>(p + r * BN, BN, v + c, width, depth, o + r * width + c, width);
+}
+
+}  // namespace
+
+// q (batch, heads, n, d), k and v (batch, heads, m, d): strides of all but the last dimension, which has 1. bias, four
+// strides: kind 0 none, 1 float added, 2 byte (not 0: attend). out (batch, n, heads, d), entropy (batch, heads, n).
+// scratch holds batch * heads * (m rounded up to 128) * (d + d rounded up to 16) floats.
+extern "C" void toprovar_fae(const float* q, const float* k, const float* v, const void* bias, float* out,
+                             float* entropy, float* scratch, const int64_t* qs, const int64_t* ks, const int64_t* vs,
+                             const int64_t* bs, int64_t kind, int64_t batch, int64_t heads, int64_t n, int64_t m,
+                             int64_t d, float scale, int64_t threads) {
+  const float log2e = 1.44269504f, ln2 = 0.693147181f;
+  const int64_t width = (d + W - 1) / W * W, key_tiles = (m + BN - 1) / BN, row_tiles = (n + BM - 1) / BM;
+  float* const keys = scratch;  // per head and key tile: panels of PANEL keys, d rows each
+  float* const values = scratch + batch * heads * key_tiles * BN * d;
+
+#pragma omp parallel for num_threads(threads)
+  for (int64_t x = 0; x < batch * heads * key_tiles; ++x) {
+    const int64_t start = x % key_tiles * BN, b = x / key_tiles / heads, h = x / key_tiles % heads;
+    const int64_t cols = std::min(BN, m - start);
+    const float* from = k + b * ks[0] + h * ks[1] + start * ks[2];
+    float* to = keys + x * BN * d;
+    for (int64_t j = 0; j < BN; ++j) {
+      float* column = to + j / PANEL * PANEL * d + j % PANEL;
+      for (int64_t i = 0; i < d; ++i) column[i * PANEL] = j < cols ? from[j * ks[2] + i] : 0.0f;
+    }
+    from = v + b * vs[0] + h * vs[1] + start * vs[2];
+    to = values + x * BN * width;
+    for (int64_t j = 0; j < cols; ++j) {
+      std::copy(from + j * vs[2], from + j * vs[2] + d, to + j * width);
+      std::fill(to + j * width + d, to + (j + 1) * width, 0.0f);
+    }
+  }
+
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t x = 0; x < batch * heads * row_tiles; ++x) {
+    const int64_t bh = x / row_tiles, first = x % row_tiles * BM, b = bh / heads, h = bh % heads;
+    const int64_t rows = std::min(BM, n - first), padded = (rows + ROWS - 1) / ROWS * ROWS;
+    alignas(64) float qt[BM * MAX_D], s[BM * BN], o[BM * MAX_D], top[BM], total[BM], energy[BM];
+    for (int64_t r = 0; r < padded; ++r) {
+      const float* row = q + b * qs[0] + h * qs[1] + (first + r) * qs[2];
+      for (int64_t i = 0; i < d; ++i) qt[r * d + i] = r < rows ? row[i] * (scale * log2e) : 0.0f;
+    }
+    std::fill(o, o + padded * width, 0.0f);
+    std::fill(top, top + BM, NOTHING);
+    std::fill(total, total + BM, 0.0f);
+    std::fill(energy, energy + BM, 0.0f);
+    for (int64_t start = 0; start < m; start += BN) {
+      const int64_t cols = std::min(BN, m - start), tile = bh * key_tiles * BN + start;
+      for (int64_t c = 0; c < BN; c += PANEL)
+        for (int64_t r = 0; r < padded; r += ROWS)
+          product<COLS, false>(qt + r * d, d, keys + (tile + c) * d, PANEL, d, s + r * BN + c, BN);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* const row = s + r * BN;
+        const int64_t at = b * bs[0] + h * bs[1] + (first + r) * bs[2] + start * bs[3];
+        if (kind == 1)
+          for (int64_t j = 0; j < cols; ++j) row[j] += static_cast<const float*>(bias)[at + j * bs[3]] * log2e;
+        if (kind == 2)
+          for (int64_t j = 0; j < cols; ++j)
+            if (!static_cast<const uint8_t*>(bias)[at + j * bs[3]]) row[j] = 2 * NOTHING;
+        std::fill(row + cols, row + BN, 2 * NOTHING);
+        vec highest = load(row);
+        for (int64_t j = W; j < BN; j += W) {
+          const vec y = load(row + j);
+          highest = highest > y ? highest : y;
+        }
+        float peak = top[r];
+        for (int i = 0; i < W; ++i) peak = std::max(peak, highest[i]);
+        vec l = {}, e = {};
+        for (int64_t j = 0; j < BN; j += W) {
+          vec t = load(row + j) - peak;
+          t = t < -127.0f ? vec{} - 127.0f : t;
+          const vec p = exp2_of(t);
+          store(row + j, p);
+          l += p;
+          e += p * t;
+        }
+        if (peak > top[r]) {
+          const float shift = top[r] - peak, decay = std::exp2(shift);
+          energy[r] = decay * (energy[r] + shift * total[r]);
+          total[r] *= decay;
+          for (int64_t i = 0; i < width; i += W) store(o + r * width + i, load(o + r * width + i) * decay);
+          top[r] = peak;
+        }
+        total[r] += sum(l);
+        energy[r] += sum(e);
+      }
+      accumulate(s, values + tile * width, padded, cols, width, o);
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const bool masked = top[r] == NOTHING && energy[r] == energy[r];
+      const float inverse = masked ? 0.0f : energy[r] == energy[r] ? 1.0f / total[r] : NAN;
+      float* const to = out + ((b * n + first + r) * heads + h) * d;
+      for (int64_t i = 0; i < d; ++i) to[i] = o[r * width + i] * inverse;
+      entropy[bh * n + first + r] = masked ? 0.0f : (std::log2(total[r]) - energy[r] * inverse) * ln2;
+    }
+  }
+}
+"""
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor] | None:
+    """(out, entropy) as toprovar::fae returns them for CPU tensors with n, m > 0, or None where this form cannot run.
+
+    That is where there is no C++ compiler (warned about once), for float64 and for head dimensions above 256.
+    """
+    b, h, n, d = q.shape
+    m = k.shape[2]
+    if q.dtype == torch.float64 or d > MAX_HEAD_DIM:
+        return None
+    function = compiled()
+    if function is None:
+        return None
+    queries, keys, values = (_rows(x.float()) for x in (q, k, v))
+    kind, mask, strides = 0, queries, queries.stride()
+    if bias is not None:
+        kind, mask = (2, bias.view(torch.uint8)) if bias.dtype == torch.bool else (1, bias.float())
+        strides = mask.expand(b, h, n, m).stride()
+    out = torch.empty((b, n, h, d), dtype=torch.float32)
+    entropy = torch.empty((b, h, n), dtype=torch.float32)
+    scratch = torch.empty(b * h * -(-m // 128) * 128 * (d + -(-d // 16) * 16), dtype=torch.float32)
+    function(
+        *(x.data_ptr() for x in (queries, keys, values, mask, out, entropy, scratch)),
+        *(_longs(x) for x in (queries.stride(), keys.stride(), values.stride(), strides)),
+        *(kind, b, h, n, m, d, scale, torch.get_num_threads()),
+    )
+    return out.to(q.dtype).transpose(1, 2), entropy.mean(1)
+
+
+@functools.cache
+def compiled() -> _Function | None:
+    """The C++ function, built if it is not on disk yet; None, with a warning, where it cannot be built."""
+    compiler = os.environ.get("CXX", "g++")
+    try:
+        version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
+        key = hashlib.sha256("\0".join((_SOURCE, *_FLAGS, compiler, version, _processor())).encode()).hexdigest()[:16]
+        library = _folder() / f"fae_{key}.so"
+        if not library.exists():
+            _build(compiler, library)
+        function = ctypes.CDLL(str(library)).toprovar_fae
+    except (OSError, subprocess.CalledProcessError) as error:
+        detail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
+        warnings.warn(
+            f"attention entropy takes two attentions on this CPU: {compiler} did not build the faster form ({detail})",
+            ToproVarWarning,
+            stacklevel=2,
+        )
+        return None
+    function.restype = None
+    longs = ctypes.POINTER(ctypes.c_int64)
+    function.argtypes = [ctypes.c_void_p] * 7 + [longs] * 4 + [ctypes.c_int64] * 6 + [ctypes.c_float, ctypes.c_int64]
+    return function
+
+
+def _build(compiler: str, library: Path) -> None:
+    """Compile into a temporary folder first: other processes may be building or loading the same file."""
+    library.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        source, result = Path(folder) / "fae.cpp", Path(folder) / "fae.so"
+        source.write_text(_SOURCE)
+        command = [*compiler.split(), *_FLAGS, str(source), "-o", str(result)]
+        subprocess.run(command, capture_output=True, text=True, check=True)
+        os.replace(result, library)
+
+
+def _folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toprovar_compile"
+
+
+def _processor() -> str:
+    """What -march=native depends on, so that a home folder shared by machines keeps one build for each."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return "\n".join(dict.fromkeys(line for line in lines if line.startswith(("flags", "Features", "model name"))))
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _longs(values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
+    return (ctypes.c_int64 * len(values))(*values)

@@ -1,0 +1,67 @@
+"""Make the graph of a layer that runs on K of its N tokens: gather, the layer at n = K, restore.
+
+    Before: x1 = layer(x, inputs)
+    After:  y = layer(gather(x, idx), inputs gathered where they carry tokens)
+            x1 = scatter(x + delta, idx, y)      restore="cached": delta is the layer's resized older output minus input
+            x1 = scatter(x, idx, y)              restore="identity"
+
+Pre:  a layer graph with a proof of `prove_token_axis`, tokens in dimension 1 of the stream (B, N, C).
+Post: inputs are x, idx (int64 (B, K)), delta (B, N, C) if cached, then the layer's other inputs; outputs as before, the
+      first for all N tokens, further ones for the K kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+
+from toprovar_compile.errors import PassInvariantError
+from toprovar_compile.passes._graph import output_values, placeholders
+from toprovar_compile.passes.prove_token_axis import TokenProof
+
+aten = torch.ops.aten
+
+
+def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool) -> GraphModule:
+    """The pruned form of the layer `gm`, a new module. Raises PassInvariantError without a proof."""
+    if not proof.holds or proof.axes[0] != 1:
+        raise PassInvariantError(
+            f"the layer has no proof of token-equivariance: {proof.reason}", where="prune_tokens"
+        )
+    graph = Graph()
+    inner = placeholders(gm)
+    x, idx = graph.placeholder("x"), graph.placeholder("idx")
+    delta = graph.placeholder("delta") if cached else None
+    copies = {node: graph.placeholder(node.name) for node in inner[1:]}
+    base = x if delta is None else graph.call_function(aten.add.Tensor, (x, delta))
+    kept = graph.call_function(aten.sym_size.int, (idx, 1))
+    copies[inner[0]] = _gather(graph, x, idx, kept, inner[0], 1)
+    for node, axis in zip(inner[1:], proof.axes[1:], strict=True):
+        if axis is not None:
+            copies[node] = _gather(graph, copies[node], idx, kept, node, axis)
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    first, *rest = output_values(gm)
+    rows = _spread(graph, idx, kept, inner[0], 1)
+    restored = graph.call_function(aten.scatter.src, (base, 1, rows, copies[first]))
+    graph.output((restored, *(copies[o] for o in rest)))
+    pruned = GraphModule(torch.nn.Module(), graph)
+    pruned.graph.lint()
+    return pruned
+
+
+def _gather(graph: Graph, source: Node, idx: Node, kept: Node, like: Node, axis: int) -> Node:
+    return graph.call_function(aten.gather.default, (source, axis, _spread(graph, idx, kept, like, axis)))
+
+
+def _spread(graph: Graph, idx: Node, kept: Node, like: Node, axis: int) -> Node:
+    """idx (B, K) in the shape of `like`, with K tokens in dimension `axis`."""
+    value = like.meta["val"]
+    rank = value.ndim
+    batch = graph.call_function(aten.sym_size.int, (idx, 0))
+    view: list[Node | int] = [1] * rank
+    view[0], view[axis] = batch, kept
+    shape: list[Node | int] = [int(s) if isinstance(s, int) else -1 for s in value.shape]
+    shape[0], shape[axis] = batch, kept
+    return graph.call_function(aten.expand.default, (graph.call_function(aten.view.default, (idx, view)), shape))

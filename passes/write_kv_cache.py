@@ -1,0 +1,123 @@
+"""Turn the growing key/value cache of a layer into writes into a preallocated buffer.
+
+    Before: k1 = cat([k_cache, k], 2); v1 = cat([v_cache, v], 2); fae(q, k1, v1, None, scale, True); return x1, k1, v1
+    After:  fae_cached(q, k, v, k_buffer, v_buffer, start, None, scale, True); return x1
+
+Concatenation copies the whole cache at every scale. The buffers and `start`, the number of tokens in them, are new
+inputs at the end. At the first scale, without a cache, `fae(q, k, v)` with k and v returned is the same with start = 0.
+
+Pre:  a layer graph of `split_layers` whose attention is `toprovar::fae`.
+Post: no attention reads a concatenation that is returned as well.
+Invariant: the first output, inputs that stay and their order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from torch.fx import GraphModule, Node
+
+from toprovar_compile.errors import PassInvariantError
+from toprovar_compile.kernels import fae, fae_cached
+from toprovar_compile.passes._graph import add_inputs, cat_operands, compact, output_values, placeholders
+from toprovar_compile.passes._symbols import shape_of
+
+
+class SkipReason(Enum):
+    """Why an attention keeps its concatenation."""
+
+    NOT_RETURNED = "keys and values are not returned by the step, so no cache grows here"
+    OTHER_READER = "the grown cache is read by more than attention"
+    BIAS = "the attention has a bias over the grown cache"
+
+
+@dataclass(frozen=True)
+class CacheSite:
+    """One growing cache of a layer.
+
+    `prior` are the positions of the old cache among the layer's inputs before the pass, None at the first scale;
+    `grown` those of the grown cache among the outputs before the pass. Buffers and start stand in this order at the
+    end of the new inputs: all k, v pairs, then all starts.
+    """
+
+    prior: tuple[int, int] | None
+    grown: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CacheRewrite:
+    """What `write_kv_cache` did: its sites, the inputs and outputs that stay (old positions), the attentions skipped."""
+
+    sites: tuple[CacheSite, ...]
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    skipped: tuple[SkipReason, ...]
+
+
+def write_kv_cache(gm: GraphModule) -> CacheRewrite:
+    """Rewrite every growing cache of the layer graph `gm` in place."""
+    inputs, outputs = placeholders(gm), output_values(gm)
+    sites, skipped, old = [], [], []
+    for node in [n for n in gm.graph.nodes if n.target is fae]:
+        match = _match_growth(node, inputs, outputs)
+        if isinstance(match, SkipReason):
+            skipped.append(match)
+            continue
+        sites.append(match)
+        old.append(node)
+    buffers = add_inputs(gm, [f"{kind}_{i}" for i in range(len(sites)) for kind in ("k_buffer", "v_buffer")])
+    starts = add_inputs(gm, [f"start_{i}" for i in range(len(sites))])
+    drop_out = {i for s in sites for i in s.grown}
+    drop_in = {i for s in sites if s.prior for i in s.prior}
+    out = next(n for n in gm.graph.nodes if n.op == "output")
+    out.args = (tuple(v for i, v in enumerate(outputs) if i not in drop_out),)
+    for i, (site, node) in enumerate(zip(sites, old, strict=True)):
+        q, k, v, bias, scale, entropy = node.args
+        if site.prior is not None:
+            k, v = cat_operands(k)[1], cat_operands(v)[1]  # type: ignore[index,arg-type]
+        with gm.graph.inserting_before(node):
+            args = (q, k, v, buffers[2 * i], buffers[2 * i + 1], starts[i], bias, scale, entropy)
+            new = gm.graph.call_function(fae_cached, args)
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        gm.graph.erase_node(node)
+    compact(gm, {inputs[i] for i in drop_in})
+    return CacheRewrite(
+        tuple(sites),
+        tuple(i for i in range(len(inputs)) if i not in drop_in),
+        tuple(i for i in range(len(outputs)) if i not in drop_out),
+        tuple(skipped),
+    )
+
+
+def check_write_kv_cache(gm: GraphModule) -> None:
+    """Raise PassInvariantError if an attention still reads a concatenation that the layer returns."""
+    outputs = output_values(gm)
+    for n in gm.graph.nodes:
+        if n.target is fae and any(isinstance(a, Node) and cat_operands(a) and a in outputs for a in n.args[1:3]):
+            raise PassInvariantError(f"{n.name} reads a grown cache that is returned", where="write_kv_cache")
+
+
+def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheSite | SkipReason:
+    k, v, bias = node.args[1], node.args[2], node.args[3]
+    assert isinstance(k, Node) and isinstance(v, Node)
+    if k not in outputs or v not in outputs:
+        return SkipReason.NOT_RETURNED
+    grown = (outputs.index(k), outputs.index(v))
+    priors = []
+    for side in (k, v):
+        operands = cat_operands(side)
+        if operands is None or operands[0] not in inputs:
+            priors.append(None)
+            continue
+        if any(u is not node and u.op != "output" for u in side.users):
+            return SkipReason.OTHER_READER
+        priors.append(inputs.index(operands[0]))
+    if bias is not None:
+        return SkipReason.BIAS
+    if priors[0] is None or priors[1] is None:
+        if priors != [None, None] or shape_of(k.meta["val"])[2] != shape_of(node.args[0].meta["val"])[2]:  # type: ignore[union-attr]
+            return SkipReason.OTHER_READER
+        return CacheSite(None, grown)
+    return CacheSite((priors[0], priors[1]), grown)

@@ -1,0 +1,99 @@
+"""The entry point: `torch.compile(model, backend="toprovar")`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from functorch.compile import aot_module_simplified
+from torch.fx import GraphModule
+
+from toprovar_compile.bind_plan import PlanBinder
+from toprovar_compile.dispatch import StepProgram, state_of
+from toprovar_compile.dump import Dump
+from toprovar_compile.errors import UnsupportedGraphError
+from toprovar_compile.inductor import compile_plain
+from toprovar_compile.kernels import fae
+from toprovar_compile.options import Options
+from toprovar_compile.passes import DYNAMO_PASSES, PassContext, check_split_layers, run_passes, split_layers
+from toprovar_compile.report import GraphReport, counters, logger, ran
+from toprovar_compile.session import current_session
+
+
+def toprovar(
+    gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
+) -> Callable[..., Any]:
+    """Compile one captured graph. A scale's step runs by its plan, any other graph as Inductor compiles it.
+
+    Raises OptionError for a bad option, and at the first step PlanError for a plan that does not fit the model.
+    """
+    opts = Options.parse(options)
+    if mode not in (None, "default"):
+        counters.add("ignored", f"mode={mode!r}: it is a mode of Inductor; see docs/options.md")
+    if torch.is_grad_enabled():
+        return _plain(gm, example_inputs, opts, "gradients are enabled, and a plan is for generation", loud=True)
+    step = GraphModule(gm, _copy_of(gm))
+    passes = run_passes(step, DYNAMO_PASSES, PassContext())
+    if not any(n.target is fae for n in step.graph.nodes):
+        return _plain(gm, example_inputs, opts, "the graph has no attention: it is no step of a scale")
+    report = GraphReport("step", "one scale through all layers", passes=[str(p) for p in passes])
+    try:
+        return _compile_step(step, example_inputs, opts, report)
+    except UnsupportedGraphError as refusal:
+        return _plain(gm, example_inputs, opts, str(refusal))
+
+
+def _compile_step(
+    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport
+) -> Callable[..., Any]:
+    """Functionalise, split, bind; the pieces are compiled when they first run."""
+    session = current_session()
+    hints = {"n": max(session.schedule.tokens)} if session is not None else {}
+    binder = PlanBinder(opts)
+    weights = [i for i, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)]
+    dump = Dump.open(opts.dump)
+    dump.graph("captured", gm)
+
+    def compile_functional(functional: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        dump.graph("functional", functional)
+        split = split_layers(functional)
+        check_split_layers(functional, split)
+        program = StepProgram(split, opts.inner, hints, report)
+        dump.program(program)
+
+        def run(args: list[Any]) -> list[Any]:
+            plan = binder.plan([args[i] for i in weights], len(program.layers))
+            outs = program(args, plan, state_of(plan, len(program.layers)))
+            args.clear()
+            dump.run(program, plan)
+            return outs
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
+
+    return aot_module_simplified(  # type: ignore[no-any-return]
+        gm, example_inputs, fw_compiler=compile_functional, inference_compiler=compile_functional
+    )
+
+
+def _plain(
+    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, reason: str, *, loud: bool = False
+) -> Callable[..., Any]:
+    """Compile as Inductor does, and say why."""
+    (logger.warning if loud else logger.info)("compiled without a plan: %s", reason)
+    counters.add("plain_graph", reason)
+    report = GraphReport("plain", reason)
+    call = compile_plain(gm, example_inputs, opts.inner)
+
+    def run(*args: Any) -> Any:
+        ran(report)
+        return call(*args)
+
+    return run
+
+
+def _copy_of(gm: GraphModule) -> torch.fx.Graph:
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return graph

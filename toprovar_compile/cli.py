@@ -1,0 +1,367 @@
+"""The command line: `toprovar demo | generate | bench | calibrate | explain | doctor`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from typer.core import TyperGroup
+
+from toprovar_compile.errors import OptionError, ToproVarError, nearest
+
+if TYPE_CHECKING:
+    from toprovar_compile.measure import Job, Way
+    from toprovar_compile.models.var import VAR
+
+EXIT_ERROR = 2
+
+DEMO_CLASSES = (
+    "red apple", "smiling face with sunglasses", "rocket", "birthday cake", "octopus", "thumbs up sign",
+    "house with garden", "ferris wheel", "hot beverage", "cactus", "dog face", "bicyclist",
+)  # fmt: skip
+
+_BACKENDS = ("eager", "inductor", "toprovar")
+
+
+class _Commands(TyperGroup):
+    """Ends a command that raised one of our errors with a readable line instead of a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            ours = find_own_error(error)
+            if ours is None:
+                raise
+            Console(stderr=True).print(f"[bold red]error:[/] {escape(str(ours))}", soft_wrap=True, highlight=False)
+            raise typer.Exit(EXIT_ERROR) from error
+
+
+def find_own_error(error: BaseException) -> ToproVarError | None:
+    """The ToproVarError that `error` is, wraps or came from; torch.compile wraps what a backend raises."""
+    seen: set[int] = set()
+    todo: list[BaseException | None] = [error]
+    while todo:
+        found = todo.pop()
+        if found is None or id(found) in seen:
+            continue
+        if isinstance(found, ToproVarError):
+            return found
+        seen.add(id(found))
+        todo += [found.__context__, found.__cause__, getattr(found, "inner_exception", None)]
+    return None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Visual autoregressive image models, compiled with entropy-guided pruning.",
+)
+
+Model = Annotated[str, typer.Option("--model", help="Shipped model.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the others count up from it.")]
+PlanText = Annotated[
+    str,
+    typer.Option("--plan", help="auto, dense, a plan file, or a description such as keep=0.4,from=8."),
+]
+Cfg = Annotated[float | None, typer.Option("--cfg", help="Guidance strength; default: the model's own.")]
+TopK = Annotated[int | None, typer.Option("--top-k", help="Most likely tokens to draw from; 0: all.")]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Probability mass to draw from; 0: all.")]
+
+
+@app.command()
+def demo(
+    model: Model = "emoji-var",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images a way.")] = 6,
+    seed: Seed = 0,
+    plan: PlanText = "auto",
+    device: Device = "auto",
+    cfg: Cfg = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.png and demo.json.")] = Path("toprovar-out"),
+    warm: Annotated[bool, typer.Option("--warm", help="Use what earlier runs compiled; compile times shrink.")] = False,
+) -> None:
+    """Generate the same emoji in eager PyTorch, with Inductor and with toprovar, and compare."""
+    from toprovar_compile import demo as demo_module
+    from toprovar_compile import measure
+    from toprovar_compile.plan_spec import plan_for
+
+    measure.require_metrics("demo")
+    console = Console()
+    target = measure.pick_device(device)
+    network = _load(model, target)
+    chosen = plan_for(plan, network)
+    jobs = _named_jobs(network, model, DEMO_CLASSES, count, seed)
+    ways = [measure.eager_way(), measure.inductor_way(), measure.toprovar_way(chosen)]
+    facts = measure.machine(target)
+    console.print(
+        f"{model} on {facts['hardware']}, {facts['threads']} threads, torch {facts['torch']}, {facts['precision']}\n"
+        f"{count} images a way, one at a time; compiling from {'the cache' if warm else 'nothing'}",
+        highlight=False,
+    )
+    with _progress(ways, count, console) as on_image:
+        result = demo_module.run(
+            network, jobs, ways, device=target, sampling=_sampling(cfg, top_k, top_p), cold=not warm, on_image=on_image
+        )
+    demo_module.show(result, console)
+    context = {
+        "model": {"name": model, "fingerprint": network.fingerprint()},
+        "machine": facts,
+        "sampling": _sampling(cfg, top_k, top_p) or asdict(network.sampling),
+        "cold": not warm,
+        "plan": {"digest": chosen.digest(), **chosen.to_json()},
+    }
+    for path in demo_module.save(result, out, context):
+        console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str], typer.Argument(help="Class names, parts of them, emoji characters, or class numbers.")
+    ],
+    model: Model = "emoji-var",
+    count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images of each prompt.")] = 1,
+    seed: Seed = 0,
+    backend: Annotated[str, typer.Option("--backend", help="eager, inductor or toprovar.")] = "toprovar",
+    plan: PlanText = "auto",
+    device: Device = "auto",
+    cfg: Cfg = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("toprovar-out"),
+) -> None:
+    """Generate pictures and write each as a PNG file."""
+    import torch
+
+    from toprovar_compile import measure
+    from toprovar_compile.demo import to_image
+    from toprovar_compile.files import write_png
+
+    target = measure.pick_device(device)
+    network = _load(model, target)
+    labels = [_label(network, model, prompt) for prompt in prompts]
+    run = _way(backend, plan, network).prepare(network)
+    console = Console()
+    with torch.no_grad(), measure.autocast(target):
+        for label in labels:
+            for i in range(count):
+                images = run(torch.tensor([label], device=target), seed=seed + i, **_sampling(cfg, top_k, top_p))
+                name = re.sub(r"[^a-z0-9]+", "-", measure.class_name(network, label).lower()).strip("-")
+                path = write_png(out / f"{name}-{seed + i}.png", to_image(images[0].float().cpu()))
+                console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="emoji-var.")],
+    classes: Annotated[int, typer.Option("--classes", min=1, help="Classes, one image each.")] = 64,
+    plan: Annotated[
+        list[str] | None, typer.Option("--plan", help="Plan to measure; repeat for more. Default: a whole frontier.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option("--inductor-mode", help="Mode of torch.compile to measure as well; repeatable.")
+    ] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    minutes: Annotated[float, typer.Option("--minutes", help="Start no new way after this long.")] = 120.0,
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the JSON and the plot.")] = Path("toprovar-out"),
+) -> None:
+    """Measure time and closeness of many plans over many classes; an interrupted run goes on where it stopped."""
+    from toprovar_compile import bench as bench_module
+    from toprovar_compile.measure import require_metrics
+
+    if name != "emoji-var":
+        close = nearest(name, ("emoji-var",))
+        raise OptionError(
+            f"there is no benchmark {name!r}",
+            where="bench",
+            expected="emoji-var",
+            todo=f"did you mean {close!r}?" if close else "",
+        )
+    require_metrics("bench")
+    settings = bench_module.Settings(
+        classes=classes,
+        seed=seed,
+        device=device,
+        minutes=minutes,
+        plans=tuple(plan) if plan else bench_module.FRONTIER,
+        inductor_modes=tuple(mode or ()),
+    )
+    console = Console()
+    path = bench_module.run(settings, out, log=lambda text: console.print(text, highlight=False))
+    console.print(bench_module.table(json.loads(path.read_text())))
+    console.print(f"wrote {path}", highlight=False)
+
+
+@app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write.")],
+    model: Model = "emoji-var",
+    prompts: Annotated[int, typer.Option("--prompts", min=1, help="Sample prompts.")] = 50,
+    seed: Seed = 0,
+    device: Device = "auto",
+    threshold: Annotated[
+        list[str] | None, typer.Option("--set", help="A threshold, such as tau=0.4 or restore=identity; repeatable.")
+    ] = None,
+) -> None:
+    """Measure attention entropy on sample prompts and write the plan that follows from it."""
+    from toprovar_compile.calibrate import calibrate as run_calibration
+    from toprovar_compile.measure import pick_device
+    from toprovar_compile.policies.toprovar import Thresholds
+
+    thresholds = Thresholds.from_mapping(dict(_assignment(text) for text in threshold or ()))
+    network = _load(model, pick_device(device))
+    console = Console()
+    with _bar(console) as progress:
+        task = progress.add_task("calibrating", total=prompts)
+        plan = run_calibration(
+            network,
+            prompts=prompts,
+            seed=seed,
+            thresholds=thresholds,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    plan.save(out)
+    share = ", ".join(f"{x:.0%}" for x in plan.token_share())
+    console.print(f"computes {plan.total_share():.0%} of the tokens; scale by scale {share}", highlight=False)
+    console.print(f"wrote {out}", highlight=False)
+
+
+@app.command()
+def explain(
+    model: Annotated[str, typer.Argument(help="Shipped model.")] = "emoji-var",
+    plan: PlanText = "auto",
+    device: Device = "auto",
+    inner: Annotated[str, typer.Option("--inner", help="inductor, or eager to explain without compiling.")] = "eager",
+) -> None:
+    """Generate one image and print what was captured, proved, specialised and run, with reasons."""
+    import torch
+
+    import toprovar_compile
+    from toprovar_compile import measure
+    from toprovar_compile.plan_spec import plan_for
+
+    target = measure.pick_device(device)
+    network = _load(model, target)
+    run = measure.toprovar_way(plan_for(plan, network), inner=inner).prepare(network)
+    with torch.no_grad(), measure.autocast(target):
+        report = toprovar_compile.explain(run, torch.tensor([0], device=target), seed=0)
+    typer.echo(str(report))
+
+
+@app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable findings.")] = False,
+) -> None:
+    """Say what this machine can do and what is missing. Exit code 1: the demo cannot run."""
+    from toprovar_compile import doctor as doctor_module
+
+    checks = doctor_module.examine()
+    if as_json:
+        typer.echo(json.dumps(doctor_module.as_json(checks), indent=1))
+    else:
+        doctor_module.show(checks, Console())
+    if not doctor_module.demo_can_run(checks):
+        raise typer.Exit(1)
+
+
+def _load(name: str, device: Any) -> VAR:
+    from toprovar_compile import models
+
+    return models.load(name, device=device)
+
+
+def _way(backend: str, plan: str, model: VAR) -> Way:
+    from toprovar_compile import measure
+    from toprovar_compile.plan_spec import plan_for
+
+    if backend not in _BACKENDS:
+        close = nearest(backend, _BACKENDS)
+        raise OptionError(
+            f"there is no backend {backend!r}",
+            where="--backend",
+            expected="one of " + ", ".join(_BACKENDS),
+            todo=f"did you mean {close!r}?" if close else "",
+        )
+    if backend == "eager":
+        return measure.eager_way()
+    if backend == "inductor":
+        return measure.inductor_way()
+    return measure.toprovar_way(plan_for(plan, model))
+
+
+def _label(model: VAR, name: str, prompt: str) -> int:
+    from toprovar_compile import models
+
+    if not prompt.isdecimal():
+        return models.find_class(prompt, name)[0]
+    label = int(prompt)
+    if label >= model.cfg.num_classes:
+        raise OptionError(f"there is no class {label}", where=name, expected=f"0..{model.cfg.num_classes - 1}")
+    return label
+
+
+def _named_jobs(model: VAR, name: str, wanted: tuple[str, ...], count: int, seed: int) -> list[Job]:
+    """Jobs for the wanted classes that the model has, then for drawn ones."""
+    from toprovar_compile.measure import Job, choose_jobs, class_name
+
+    known = model.class_names or []
+    labels = [known.index(text) for text in wanted if text in known][:count]
+    drawn = [job.label for job in choose_jobs(model, min(2 * count, model.cfg.num_classes), seed)]
+    labels += [label for label in drawn if label not in labels][: count - len(labels)]
+    return [Job(label, class_name(model, label), seed + i) for i, label in enumerate(labels)]
+
+
+def _sampling(cfg: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:
+    given = {"cfg": cfg, "top_k": top_k, "top_p": top_p}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise OptionError(f"cannot read {text!r}", where="--set", expected="KEY=VALUE, such as tau=0.4")
+    try:
+        return key, json.loads(value)
+    except ValueError:
+        return key, value
+
+
+def _bar(console: Console) -> Progress:
+    columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+@contextmanager
+def _progress(ways: list[Way], count: int, console: Console) -> Iterator[Callable[[Way, str, int], None]]:
+    """One bar a way; the first image, which compiles, is the bar's first step."""
+    with _bar(console) as progress:
+        tasks = {way.name: progress.add_task(way.name, total=count, start=False) for way in ways}
+        for task in tasks.values():
+            progress.update(task, visible=False)
+
+        def on_image(way: Way, phase: str, done: int) -> None:
+            task = tasks[way.name]
+            if phase == "compile":
+                words = f"{way.name}: {'warming up' if way.name == 'eager' else 'compiling'}"
+                progress.update(task, description=words, visible=True)
+                if done == 0:
+                    progress.start_task(task)
+            else:
+                progress.update(task, description=way.name, completed=done)
+
+        yield on_image

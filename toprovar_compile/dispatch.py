@@ -1,0 +1,478 @@
+"""Run a step graph in pieces: for every scale and layer the compiled variant that the plan asks for.
+
+A variant is compiled code of a layer class for one kind of action. It is chosen by guards, which are sympy relations on
+sizes; sizes that no variant covers are compiled for once, and what the plan asks for but cannot be proven runs dense and
+is counted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor
+from torch.fx import GraphModule
+
+from toprovar_compile.errors import PlanError, UnsupportedGraphError
+from toprovar_compile.inductor import Compiled, Inner, compile_graph
+from toprovar_compile.passes import (
+    PASSES_OF_A_VARIANT,
+    Layer,
+    Piece,
+    SplitStep,
+    TokenProof,
+    check_write_kv_cache,
+    graph_key,
+    output_values,
+    placeholders,
+    prove_token_axis,
+    prune_tokens,
+    read_entropy,
+    run_passes,
+    shape_of,
+    symbols_of,
+    write_kv_cache,
+)
+from toprovar_compile.passes._base import PassContext
+from toprovar_compile.plan import DENSE, LayerAction, Plan
+from toprovar_compile.policies.selection import kept_tokens
+from toprovar_compile.policies.tokens import resize_tokens
+from toprovar_compile.report import GraphReport, counters, logger, ran
+from toprovar_compile.session import Session, current_session
+
+Grid = tuple[int, int]
+
+
+# compiled pieces
+
+
+@dataclass
+class Variant:
+    """Compiled code and what it covers. `hits` counts its runs."""
+
+    name: str
+    compiled: Compiled
+    hits: int = 0
+
+
+class Unit:
+    """A graph and its compiled variants: the outlined piece that equal layers of all scales and plans share."""
+
+    def __init__(self, graph: GraphModule, inner: Inner, hints: Mapping[str, int]) -> None:
+        self.graph, self.inner, self.hints = graph, inner, dict(hints)
+        self.variants: list[Variant] = []
+        self._chosen: dict[tuple[Any, ...], Variant] = {}
+        self._lock = threading.Lock()
+
+    def run(self, name: str, graph: GraphModule, open_dims: Sequence[Mapping[int, str]], args: Sequence[Any]) -> Any:
+        """Run the variant `name` (of `graph`, with these open dimensions), compiled if none covers the sizes of `args`."""
+        sizes = tuple(args[i].shape[d] for i, dims in enumerate(open_dims) for d in dims)
+        key = (name, sizes)
+        variant = self._chosen.get(key)
+        if variant is None:
+            with self._lock:
+                variant = self._chosen.get(key) or self._find(name, graph, open_dims, args)
+                self._chosen[key] = variant
+        variant.hits += 1
+        return variant.compiled.call(*args)
+
+    def _find(
+        self, name: str, graph: GraphModule, open_dims: Sequence[Mapping[int, str]], args: Sequence[Any]
+    ) -> Variant:
+        values = {d: args[i].shape[at] for i, dims in enumerate(open_dims) for at, d in dims.items()}
+        for variant in self.variants:
+            if variant.name == name and covers(variant.compiled.relations, values):
+                return variant
+        if any(v.name == name for v in self.variants):
+            counters.add("variant_guard_miss", f"{name} at {values}")
+        if min(values.values(), default=2) < 2:  # a size of 0 or 1 is a special case of broadcasting: fixed
+            open_dims = [{at: d for at, d in dims.items() if args[i].shape[at] > 1} for i, dims in enumerate(open_dims)]
+        compiled = compile_graph(graph, args, open_dims, self.inner, self.hints)
+        counters.add("compiled", name)
+        logger.info("compiled %s in %.1f s", name, compiled.seconds)
+        variant = Variant(name, compiled)
+        self.variants.append(variant)
+        return variant
+
+    def lines(self) -> list[str]:
+        """One readable line for each variant."""
+        return [
+            f"{v.name}: {v.hits} runs, compiled in {v.compiled.seconds:.1f} s, "
+            f"guards {' & '.join(str(r) for r in v.compiled.relations) or 'none'}"
+            for v in self.variants
+        ]
+
+
+def covers(relations: Sequence[sympy.Basic], values: Mapping[str, int]) -> bool:
+    """Whether all relations are true for these sizes; one that stays open counts as false."""
+    table = {sympy.Symbol(name, integer=True): value for name, value in values.items()}
+    return all(r.xreplace(table) == sympy.true for r in relations)
+
+
+def open_dimensions(graph: GraphModule, names: Mapping[sympy.Expr, str]) -> list[dict[int, str]]:
+    """For each input of `graph` its dimensions of symbolic size, by name."""
+    found = []
+    for node in placeholders(graph):
+        value = node.meta.get("val")
+        dims: dict[int, str] = {}
+        if isinstance(value, Tensor):
+            for d, size in enumerate(shape_of(value)):
+                if size.is_Symbol:
+                    dims[d] = names.get(size, str(size))
+                elif size.free_symbols:
+                    raise UnsupportedGraphError(
+                        f"an input has the size {size}",
+                        where="open_dimensions",
+                        expected="plain symbols as sizes of inputs",
+                    )
+        elif "buffer" in node.name:  # (batch, heads, capacity, head size)
+            dims = {d: name for d, name in found[0].items() if d == 0} | {2: "capacity"}
+        found.append(dims)
+    return found
+
+
+class LayerClass(Unit):
+    """Layers that are equal but for their weights: graph, token proof, and variants for what plans ask of them."""
+
+    def __init__(self, key: str, graph: GraphModule, inner: Inner, hints: Mapping[str, int]) -> None:
+        super().__init__(graph, inner, hints)
+        self.key = key
+        self.proof: TokenProof = prove_token_axis(graph)
+        batch, tokens = shape_of(placeholders(graph)[0].meta["val"])[:2]
+        self.open_dims = open_dimensions(graph, {batch: "batch", tokens: "n"})
+        self._graphs: dict[str, tuple[GraphModule, list[dict[int, str]]]] = {}
+
+    def dense(self, measured: bool, args: Sequence[Any]) -> Any:
+        """All tokens: (x', entropy (B, n) if measured). `args` are the inputs of the graph."""
+        name = "dense" + " with entropy" * measured
+        return self.run(name, *self._variant(name, measured, None), args)
+
+    def pruned(self, measured: bool, cached: bool, args: Sequence[Any]) -> Any:
+        """The tokens idx alone: (x', entropy (B, K) if measured). `args` are those of `prune_tokens`."""
+        name = "prune" + ", cached" * cached + " with entropy" * measured
+        return self.run(name, *self._variant(name, measured, cached), args)
+
+    def _variant(
+        self, name: str, measured: bool, cached: bool | None
+    ) -> tuple[GraphModule, list[dict[int, str]]]:
+        if name not in self._graphs:
+            graph = read_entropy(self.graph) if measured else GraphModule(torch.nn.Module(), _copy(self.graph))
+            run_passes(graph, PASSES_OF_A_VARIANT, PassContext())
+            dims = self.open_dims
+            if cached is not None:
+                graph = prune_tokens(graph, self.proof, cached=cached)
+                batch = {d: name for d, name in dims[0].items() if d == 0}
+                lead = [dims[0], {1: "k", **batch}] + [dims[0]] * cached
+                dims = [*lead, *dims[1:]]
+            self._graphs[name] = (graph, dims)
+        return self._graphs[name]
+
+
+def _copy(gm: GraphModule) -> torch.fx.Graph:
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return graph
+
+
+_classes: dict[tuple[str, Inner], LayerClass] = {}
+_classes_lock = threading.Lock()
+
+
+def layer_class(key: str, graph: GraphModule, inner: Inner, hints: Mapping[str, int]) -> LayerClass:
+    """The class of this key, shared by all models, graphs and plans of the process."""
+    with _classes_lock:
+        if (key, inner) not in _classes:
+            _classes[key, inner] = LayerClass(key, graph, inner, hints)
+        return _classes[key, inner]
+
+
+def reset() -> None:
+    """Forget all compiled layers and free the buffers that wait for use."""
+    with _classes_lock:
+        _classes.clear()
+    _pool.clear()
+
+
+# state of a generation
+
+
+@dataclass
+class LayerState:
+    """What one layer keeps between scales: buffers (k, v) of each cache and the tokens in them, its latest entropy map
+    and its delta for restoring, each with its grid."""
+
+    buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    lengths: list[int] = field(default_factory=list)
+    entropy: tuple[Tensor, Grid] | None = None
+    delta: tuple[Tensor, Grid] | None = None
+
+
+class BufferPool:
+    """Key/value buffers that wait for the next generation, by shape, dtype and device."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._lock = threading.Lock()
+
+    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A buffer with whatever is in it."""
+        with self._lock:
+            waiting = self._free.get((shape, dtype, device))
+            if waiting:
+                return waiting.pop()
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def give(self, buffers: Sequence[Tensor]) -> None:
+        """Take buffers back."""
+        with self._lock:
+            for b in buffers:
+                self._free.setdefault((tuple(b.shape), b.dtype, b.device), []).append(b)
+
+    def clear(self) -> None:
+        """Free all of them."""
+        with self._lock:
+            self._free.clear()
+
+
+_pool = BufferPool()
+
+
+class StepState:
+    """State of the compiled steps of one generation, kept in its session; without a session, of one step."""
+
+    def __init__(self, session: Session | None, plan: Plan | None, count: int) -> None:
+        self.session, self.plan = session, plan
+        self.reads = plan.reads_entropy() if plan else frozenset()
+        self.deltas = plan.keeps_delta() if plan else frozenset()
+        self.layers = [LayerState() for _ in range(count)]
+        self.prologues: dict[int, tuple[Any, list[Any]]] = {}
+        if session is not None:
+            session.on_close.append(self._release)
+
+    def _release(self) -> None:
+        _pool.give([b for layer in self.layers for pair in layer.buffers for b in pair])
+        self.layers = []
+
+
+# one captured graph
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A layer of the step with the names of its values there."""
+
+    name: str
+    cls: LayerClass
+    stream: str
+    out: str
+    inputs: tuple[str, ...]
+    priors: tuple[tuple[str, str] | None, ...]
+    grown: tuple[tuple[str, str], ...]
+    like: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+class StepProgram:
+    """A step graph, split, its layers bound to classes. Call it with the inputs of the graph: it returns its outputs."""
+
+    def __init__(self, split: SplitStep, inner: Inner, hints: Mapping[str, int], report: GraphReport) -> None:
+        self.split, self.report = split, report
+        self.layers = [self._bind(layer, inner, hints) for layer in split.layers]
+        tokens = shape_of(placeholders(split.layers[0].piece.graph)[0].meta["val"])[1]
+        per_scale = any(tokens in dims for dims in _symbols(split.prologue.graph))
+        # What does not depend on the tokens runs once an image: not worth compiling.
+        self.prologue = Unit(split.prologue.graph, inner if per_scale else "eager", hints)
+        self.epilogue = Unit(split.epilogue.graph, inner, hints)
+        self.prologue_dims = open_dimensions(split.prologue.graph, {})
+        self.epilogue_dims = open_dimensions(split.epilogue.graph, {})
+        self.guard_hits: dict[str, int] = {}
+        report.layers = [
+            (b.name, b.cls.key, "tokens proven independent" if b.cls.proof.holds else f"not pruned: {b.cls.proof.reason}")
+            for b in self.layers
+        ]
+        report.variants = self._variant_lines
+        report.guards = lambda: [f"{text}: {n} hits" for text, n in self.guard_hits.items()]
+
+    def _bind(self, layer: Layer, inner: Inner, hints: Mapping[str, int]) -> _Bound:
+        graph = layer.piece.graph
+        likes = [n.meta.get("val") for n in output_values(graph)]
+        rewrite = write_kv_cache(graph)
+        check_write_kv_cache(graph)
+        for reason in rewrite.skipped:
+            counters.add("skipped", f"write_kv_cache: {reason.value}")
+        names, outs = layer.piece.inputs, layer.piece.outputs
+        kept = tuple(outs[i] for i in rewrite.outputs)
+        if len(kept) != 1:
+            raise UnsupportedGraphError(
+                f"{layer.name} returns {', '.join(kept[1:])} beside the stream and its cache", where="dispatch"
+            )
+        return _Bound(
+            layer.name,
+            layer_class(graph_key(graph), graph, inner, hints),
+            names[0],
+            outs[0],
+            tuple(names[i] for i in rewrite.inputs[1:]),
+            tuple((names[s.prior[0]], names[s.prior[1]]) if s.prior else None for s in rewrite.sites),
+            tuple((outs[s.grown[0]], outs[s.grown[1]]) for s in rewrite.sites),
+            tuple((_heads(likes[i]), likes[i].dtype) for s in rewrite.sites for i in s.grown),
+        )
+
+    def _variant_lines(self) -> list[str]:
+        units: dict[str, Unit] = {f"layer {b.cls.key}": b.cls for b in self.layers}
+        units |= {"prologue": self.prologue, "epilogue": self.epilogue}
+        return [f"{name} {line}" for name, unit in units.items() for line in unit.lines()]
+
+    def __call__(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
+        """Run one scale. `plan` None runs every layer dense."""
+        ran(self.report)
+        env: dict[str, Any] = dict(zip(self.split.inputs, args, strict=True))
+        self._run_prologue(env, state)
+        first = self.layers[0]
+        x = env[first.stream].contiguous()
+        s, actions = self._actions(plan, state, x)
+        for i, bound in enumerate(self.layers):
+            x = self._run_layer(bound, i, s, actions[i], plan, state, env, x)
+            env[bound.out] = x
+        inputs = [env[name] for name in self.split.epilogue.inputs]
+        outs = self.epilogue.run("epilogue", self.epilogue.graph, self.epilogue_dims, inputs)
+        env.update(zip(self.split.epilogue.outputs, outs, strict=True))
+        return [env[name] if name is not None else None for name in self.split.outputs]
+
+    def _run_prologue(self, env: dict[str, Any], state: StepState) -> None:
+        """What does not depend on the stream: computed once a generation, unless it depends on the tokens or changed."""
+        piece = self.split.prologue
+        inputs = [env[name] for name in piece.inputs]
+        signature = None if torch.is_inference_mode_enabled() else _identity(inputs)
+        known = state.prologues.get(id(self))
+        if known is None or signature is None or known[0] != signature:
+            outs = list(self.prologue.run("prologue", self.prologue.graph, self.prologue_dims, inputs))
+            known = (signature, outs)
+            state.prologues[id(self)] = known
+        env.update(zip(piece.outputs, known[1], strict=True))
+
+    def _actions(self, plan: Plan | None, state: StepState, x: Tensor) -> tuple[int, list[LayerAction]]:
+        """The scale in progress and the action of each layer, by the guards of the step."""
+        dense = [DENSE] * len(self.layers)
+        if plan is None or state.session is None:
+            return -1, dense
+        s, n = state.session.scale, sympy.Symbol("n", integer=True)
+        if not 0 <= s < len(plan.schedule) or plan.schedule.tokens[s] != x.shape[1]:
+            counters.add("guard_miss", f"{x.shape[1]} tokens at scale {s} are not what the schedule says; run dense")
+            return -1, dense
+        guard = f"{sympy.Eq(n, plan.schedule.tokens[s], evaluate=False)} & plan {plan.digest()}"
+        self.guard_hits[guard] = self.guard_hits.get(guard, 0) + 1
+        actions = [plan.action(s, i) for i in range(len(self.layers))]
+        for i, (action, bound) in enumerate(zip(actions, self.layers, strict=True)):
+            if action.kind == "prune" and not bound.cls.proof.holds:
+                counters.add("fallback", f"{bound.name} runs dense instead of {action}: {bound.cls.proof.reason}")
+                actions[i] = DENSE
+        return s, actions
+
+    def _run_layer(
+        self,
+        bound: _Bound,
+        i: int,
+        s: int,
+        action: LayerAction,
+        plan: Plan | None,
+        state: StepState,
+        env: dict[str, Any],
+        x: Tensor,
+    ) -> Tensor:
+        layer = state.layers[i]
+        self._open_buffers(bound, layer, state, env, x)
+        measured = (s, i) in state.reads
+        if action.kind == "skip":
+            assert plan is not None
+            out = x if plan.restore == "identity" else x + self._delta(layer, plan, s)
+        else:
+            rest = [env[name] for name in bound.inputs]
+            rest += [b for pair in layer.buffers for b in pair] + layer.lengths
+            idx, entropy = None, None
+            if action.kind == "prune":
+                assert plan is not None and action.keep is not None and layer.entropy is not None
+                grid = plan.schedule.grids[s]
+                entropy = resize_tokens(*layer.entropy, grid)
+                idx = kept_tokens(plan, s, i, action.keep, entropy)
+                cached = plan.restore == "cached"
+                lead = [x, idx, self._delta(layer, plan, s)] if cached else [x, idx]
+                out, *more = bound.cls.pruned(measured, cached, [*lead, *rest])
+            else:
+                out, *more = bound.cls.dense(measured, [x, *rest])
+            count = x.shape[1] if idx is None else idx.shape[1]
+            layer.lengths = [p + count for p in layer.lengths]
+            if measured:
+                assert plan is not None
+                merged = more[0] if entropy is None or idx is None else entropy.scatter(1, idx, more[0])
+                layer.entropy = merged, plan.schedule.grids[s]
+            if (s, i) in state.deltas:
+                assert plan is not None
+                layer.delta = out - x, plan.schedule.grids[s]
+        for (k_name, v_name), (k, v), length in zip(bound.grown, layer.buffers, layer.lengths, strict=True):
+            env[k_name], env[v_name] = k[:, :, :length], v[:, :, :length]
+        return out
+
+    @staticmethod
+    def _delta(layer: LayerState, plan: Plan, s: int) -> Tensor:
+        assert layer.delta is not None
+        return resize_tokens(*layer.delta, plan.schedule.grids[s])
+
+    def _open_buffers(
+        self, bound: _Bound, layer: LayerState, state: StepState, env: dict[str, Any], x: Tensor
+    ) -> None:
+        """Buffers for this layer; a cache that is not the one returned before is copied in."""
+        for j, prior in enumerate(bound.priors):
+            old = [env[name] for name in prior] if prior else [None, None]
+            length = old[0].shape[2] if old[0] is not None else 0
+            if j == len(layer.buffers):
+                room = length + x.shape[1]
+                if state.session is not None:
+                    room = max(room, state.session.schedule.total)
+                pair = tuple(
+                    _pool.take((x.shape[0], heads[0], room, heads[1]), dtype, x.device)
+                    for heads, dtype in bound.like[2 * j : 2 * j + 2]
+                )
+                layer.buffers.append((pair[0], pair[1]))
+                layer.lengths.append(0)
+            for buffer, cache in zip(layer.buffers[j], old, strict=True):
+                if cache is None:
+                    continue
+                ours = cache.data_ptr() == buffer.data_ptr() and cache.stride() == buffer.stride()
+                if not (ours and length == layer.lengths[j]):
+                    buffer[:, :, :length].copy_(cache)
+                    counters.add("cache_copied", "the step was given a key/value cache that it had not returned")
+            layer.lengths[j] = length
+
+
+def _heads(value: Any) -> tuple[int, int]:
+    return int(value.shape[1]), int(value.shape[3])
+
+
+def _symbols(graph: GraphModule) -> list[frozenset[sympy.Symbol]]:
+    return [symbols_of(n.meta["val"]) for n in placeholders(graph) if isinstance(n.meta.get("val"), Tensor)]
+
+
+def _identity(values: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple((v.data_ptr(), v._version) if isinstance(v, Tensor) else v for v in values)
+
+
+def state_of(plan: Plan | None, count: int) -> StepState:
+    """The state of the steps of the generation in progress, made by its first step."""
+    session = current_session()
+    if session is None:
+        return StepState(None, None, count)
+    state = session.store.get("steps")
+    if state is None or len(state.layers) != count:
+        if plan is not None and plan.num_layers != count:
+            raise PlanError(
+                f"the plan has {plan.num_layers} layers, the captured step has {count}",
+                where="plan.num_layers",
+                expected=str(count),
+                todo="make the plan for this model",
+            )
+        state = StepState(session, plan, count)
+        session.store["steps"] = state
+    return state  # type: ignore[no-any-return]

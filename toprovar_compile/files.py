@@ -1,0 +1,53 @@
+"""Writing result files so that a reader never sees half of one."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from toprovar_compile.errors import OptionError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
+    """Write a file that appears complete or not at all; parents are made, an older file is replaced.
+
+    Raises OptionError when the place cannot be written.
+    """
+    target = Path(path)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise OptionError(
+            f"cannot write the file: {error.strerror}", where=str(target), expected="a folder that can be written"
+        ) from error
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def write_json(path: str | os.PathLike[str], data: Any) -> Path:
+    """Write strict JSON (no NaN, no infinity), indented, as `write_bytes` does."""
+    text = json.dumps(data, indent=1, allow_nan=False, ensure_ascii=False)
+    return write_bytes(path, (text + "\n").encode())
+
+
+def write_png(path: str | os.PathLike[str], image: Image) -> Path:
+    """Write a picture as PNG, as `write_bytes` does."""
+    import io
+
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return write_bytes(path, buffer.getvalue())
