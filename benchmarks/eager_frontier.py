@@ -40,40 +40,46 @@ def plans(model: Any, statistics: dict[str, Any]) -> Iterator[tuple[str, Plan]]:
         for keep in KEEPS:
             yield f"keep={keep},from={start}", share(keep, start)
         yield f"keep=0,from={start}", share(0.0, start)
-    for name, option in (
-        ("restore", "identity"),
-        ("direction", "high_entropy"),
-        ("selection", "gumbel"),
-    ):
-        for start in (last - 1, last):
-            for keep in (0.3, 0.5):
-                changes: dict[str, Any] = {name: option}
-                yield f"keep={keep},from={start},{name}={option}", share(keep, start, **changes)
+    for name, option in (("restore", "identity"), ("direction", "high_entropy"), ("selection", "gumbel")):
+        for start, keep in ((last - 1, 0.3), (last - 1, 0.5), (last, 0.3)):
+            changes: dict[str, Any] = {name: option}
+            yield f"keep={keep},from={start},{name}={option}", share(keep, start, **changes)
     for stop in (last - 1, last):
         yield f"exit={stop}", share(1.0, last, exit_scale=stop)
-    for start in (last - 2, last - 1):
-        for keep in (0.3, 0.5, 0.7):
-            yield f"keep={keep},from={start},exit={last}", share(keep, start, exit_scale=last)
-    for first, second in ((0.5, 0.2), (0.6, 0.2), (0.7, 0.2), (0.6, 0.3), (0.4, 0.0), (0.6, 0.0), (0.8, 0.0)):
+    for keep in (0.0, *KEEPS):
+        yield f"keep={keep},from={last - 1},exit={last}", share(keep, last - 1, exit_scale=last)
+    for keep in (0.3, 0.5, 0.7):
+        yield f"keep={keep},from={last - 2},exit={last}", share(keep, last - 2, exit_scale=last)
+    for name, option in (("restore", "identity"), ("direction", "high_entropy")):
+        changes = {name: option}
+        yield f"keep=0.4,from={last - 1},exit={last},{name}={option}", share(0.4, last - 1, exit_scale=last, **changes)
+    for first, second in ((0.5, 0.2), (0.7, 0.2), (0.3, 0.0), (0.5, 0.0), (0.7, 0.0)):
         yield f"keep={first}/{second},from={last - 1}", share({last - 1: first, last: second}, last - 1)
-    for keeps in ((0.6, 0.4, 0.2), (0.7, 0.5, 0.2), (0.5, 0.3, 0.1), (0.8, 0.5, 0.1)):
+    for keeps in ((0.7, 0.4, 0.1), (0.8, 0.4, 0.0), (0.5, 0.3, 0.1)):
         text = "/".join(str(k) for k in keeps)
         yield f"keep={text},from={last - 2}", share(dict(enumerate(keeps, last - 2)), last - 2)
-    quarter = depth // 4
+    ratios = statistics["ratio"][6]
+    order = sorted(range(depth), key=lambda layer: ratios[layer])
     groups = {
-        "first": range(quarter),
-        "middle": range(quarter, depth - quarter),
-        "last": range(depth - quarter, depth),
-        "even": range(0, depth, 2),
-        "odd": range(1, depth, 2),
+        "detail half": order[: depth // 2],
+        "global half": order[depth // 2 :],
+        "detail most": order[: -depth // 4],
     }
     for name, layers in groups.items():
         for keep in (0.0, 0.3):
             yield f"keep={keep},from={last - 1},layers={name}", share(keep, last - 1, layers=layers)
-    for alpha_max in (0.5, 0.7, 0.9):
-        for crossing in ("rising", "falling"):
-            thresholds = Thresholds(alpha_max=alpha_max, crossing=crossing)
-            yield f"toprovar alpha_max={alpha_max} {crossing}", plan_from_statistics(statistics, thresholds)
+        yield (
+            f"keep=0.0,from={last - 1},exit={last},layers={name}",
+            share(0.0, last - 1, layers=layers, exit_scale=last),
+        )
+    for start in (last - 2, last - 1):
+        # The depth is given here, so that the other thresholds can be compared at each.
+        known = {**statistics, "rho": [0.0] * start + [1.0] * (last + 1 - start)}
+        for alpha_min, bound in ((0.2, 0.3), (0.5, 0.3), (0.7, 0.3), (0.5, 0.1), (0.7, 0.1)):
+            for leave in (None, last):
+                thresholds = Thresholds(alpha_min=alpha_min, global_below=bound, detail_above=bound, exit_scale=leave)
+                name = f"toprovar depth={start},alpha_min={alpha_min},detail_above={bound},exit={leave}"
+                yield name, plan_from_statistics(known, thresholds)
 
 
 def generate(model: Any, plan: Plan, labels: Tensor, seed: int, batch: int) -> Tensor:
@@ -103,6 +109,16 @@ def main() -> None:
     dense = Plan.dense(model.schedule, len(model.blocks))
     wanted = generate(model, dense, labels, given.seed, given.batch)
     rows: list[dict[str, Any]] = []
+    report = {
+        "model": given.model,
+        "fingerprint": model.fingerprint(),
+        "device": given.device,
+        "labels": labels.tolist(),
+        "seed": given.seed,
+        "statistics": statistics,
+        "plans": rows,
+    }
+    given.out.parent.mkdir(parents=True, exist_ok=True)
     for name, plan in plans(model, statistics[0]):
         images = generate(model, plan, labels, given.seed, given.batch)
         close, decibels = ssim(images, wanted), psnr(images, wanted).clamp(max=100)
@@ -116,17 +132,7 @@ def main() -> None:
             }
         )
         print(*rows[-1].values(), flush=True)
-    report = {
-        "model": given.model,
-        "fingerprint": model.fingerprint(),
-        "device": given.device,
-        "labels": labels.tolist(),
-        "seed": given.seed,
-        "plans": sorted(rows, key=lambda row: row["tokens"]),
-        "statistics": statistics,
-    }
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(report))
+        given.out.write_text(json.dumps(report))
 
 
 if __name__ == "__main__":

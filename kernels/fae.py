@@ -12,9 +12,9 @@ Numerics: scores, sums and entropy are accumulated in float32 (float64 for float
 is a few float32 roundings of the largest score in the row, below 1e-4 nats for scores up to 100; rounding of the
 inputs is not counted. No form stores the n x m matrix.
 
-CUDA runs a Triton kernel with one more running sum than FlashAttention: with t = score - max and
-E = sum p t, entropy = ln(l) - E / l. CPU has no such kernel and uses entropy = lse - scale * q . (a k), that is
-PyTorch's flash attention once more with k in place of v.
+The kernels keep one more running sum than FlashAttention: with t = score - max and E = sum p t, entropy =
+ln(l) - E / l. CUDA has a Triton kernel, the CPU the C++ of fae_cpu.py. Where the latter cannot run, entropy =
+lse - scale * q . (a k): PyTorch's flash attention once more, with k in place of v.
 """
 
 # Triton infers the types of a kernel's arguments; annotations other than constexpr would change what it compiles.
@@ -312,6 +312,11 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
+def _attends_to_nothing(bias: Tensor) -> Tensor:
+    """True for fully masked rows, in a shape that broadcasts to (B, H, n, 1)."""
+    return ~bias.any(-1, keepdim=True) if bias.dtype == torch.bool else bias.amax(-1, keepdim=True) == -math.inf
+
+
 def _token_major(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -324,7 +329,10 @@ def _fae_cuda(
     if q.numel() == 0 or k.numel() == 0:
         return _nothing_to_attend(q, entropy)
     if not entropy:
-        return _token_major(_plain_attention(q, k, v, bias, scale)), _no_entropy(q)
+        out = _plain_attention(q, k, v, bias, scale)
+        if bias is not None:  # cuDNN gives the mean of v to rows that attend to nothing
+            out = out.masked_fill(_attends_to_nothing(bias), 0.0)
+        return _token_major(out), _no_entropy(q)
     if not HAS_TRITON:
         raise MissingTritonError(
             "attention entropy on CUDA needs Triton, which is not installed",
@@ -351,11 +359,11 @@ def _fae_cpu(
         return _nothing_to_attend(q, entropy)
     if not entropy:
         return _token_major(_plain_attention(q, k, v, bias, scale)), _no_entropy(q)
-    return (
-        fae_cpu.attend(q, k, v, bias, scale)
-        or (_by_rows(q, k, v, bias, scale) if bias is not None and bias.dtype != torch.bool else None)
-        or _by_identity(q, k, v, bias, scale)
-    )
+    if found := fae_cpu.attend(q, k, v, bias, scale):
+        return found
+    if bias is not None and bias.dtype != torch.bool:
+        return _by_rows(q, k, v, bias, scale)
+    return _by_identity(q, k, v, bias, scale)
 
 
 def _by_identity(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

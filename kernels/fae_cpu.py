@@ -1,8 +1,8 @@
 """FlashAttention-Entropy for the CPU: C++ compiled for this machine the first time it is needed, then kept on disk.
 
 The algorithm of the Triton kernel (streaming softmax and E = sum p t, base 2, float32): PyTorch's own flash attention
-has no such sum, and getting the entropy from its log-sum-exp costs a second attention. One parallel loop over tiles of
-queries; besides its inputs it stores only copies of k and v in the order they are read in.
+has no such sum, and getting the entropy from its log-sum-exp costs a second attention. One parallel loop over heads;
+besides its inputs each thread stores a copy of one head of k and v, in the order they are read in.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _SOURCE = r"""
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <omp.h>
 
 namespace {
 
@@ -50,6 +51,7 @@ typedef int32_t int_vec __attribute__((vector_size(4 * W)));
 
 constexpr int64_t BM = 48, BN = 128, ROWS = 6, MAX_D = 256;
 constexpr int64_t PANEL = COLS * W;
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 constexpr float NOTHING = -1e30f;  // maximum of no scores; scores below it are masked
 
 inline vec load(const float* p) { return *reinterpret_cast<const unaligned_vec*>(p); }
@@ -110,100 +112,130 @@ void accumulate(const float* p, const float* v, int64_t rows, int64_t depth, int
       product<1, true>(p + r * BN, BN, v + c, width, depth, o + r * width + c, width);
 }
 
+// One head: strides are of its tokens, the last dimension has stride 1 (that of a bias is bs[1]).
+struct Head {
+  const float *q, *k, *v;
+  const void* bias;
+  float *out, *entropy;
+  int64_t qs, ks, vs, bs[2], os;
+};
+
+struct Sizes {
+  int64_t m, d, width, kind;
+  float scale;
+};
+
+// Keys as panels of PANEL keys, d rows each, and values padded to `width`: the order they are read in.
+void pack(const Head& head, const Sizes& size, float* keys, float* values) {
+  for (int64_t start = 0; start < size.m; start += BN, keys += BN * size.d) {
+    const int64_t cols = std::min(BN, size.m - start);
+    for (int64_t j = 0; j < BN; ++j) {
+      const float* from = head.k + (start + j) * head.ks;
+      float* to = keys + j / PANEL * PANEL * size.d + j % PANEL;
+      for (int64_t i = 0; i < size.d; ++i) to[i * PANEL] = j < cols ? from[i] : 0.0f;
+    }
+  }
+  for (int64_t j = 0; j < size.m; ++j, values += size.width) {
+    std::copy(head.v + j * head.vs, head.v + j * head.vs + size.d, values);
+    std::fill(values + size.d, values + size.width, 0.0f);
+  }
+}
+
+// Up to BM rows of one head from `first` on.
+void attend(const Head& head, const Sizes& size, const float* keys, const float* values, int64_t first, int64_t rows) {
+  const int64_t d = size.d, width = size.width, padded = (rows + ROWS - 1) / ROWS * ROWS;
+  alignas(64) float q[BM * MAX_D], s[BM * BN], o[BM * MAX_D], top[BM], total[BM], energy[BM];
+  for (int64_t r = 0; r < padded; ++r)
+    for (int64_t i = 0; i < d; ++i)
+      q[r * d + i] = r < rows ? head.q[(first + r) * head.qs + i] * (size.scale * LOG2E) : 0.0f;
+  std::fill(o, o + padded * width, 0.0f);
+  std::fill(top, top + BM, NOTHING);
+  std::fill(total, total + BM, 0.0f);
+  std::fill(energy, energy + BM, 0.0f);
+  for (int64_t start = 0; start < size.m; start += BN) {
+    const int64_t cols = std::min(BN, size.m - start);
+    for (int64_t c = 0; c < BN; c += PANEL)
+      for (int64_t r = 0; r < padded; r += ROWS)
+        product<COLS, false>(q + r * d, d, keys + (start + c) * d, PANEL, d, s + r * BN + c, BN);
+    for (int64_t r = 0; r < rows; ++r) {
+      float* const row = s + r * BN;
+      const int64_t at = (first + r) * head.bs[0] + start * head.bs[1];
+      if (size.kind == 1)
+        for (int64_t j = 0; j < cols; ++j) row[j] += static_cast<const float*>(head.bias)[at + j * head.bs[1]] * LOG2E;
+      if (size.kind == 2)
+        for (int64_t j = 0; j < cols; ++j)
+          if (!static_cast<const uint8_t*>(head.bias)[at + j * head.bs[1]]) row[j] = 2 * NOTHING;
+      std::fill(row + cols, row + BN, 2 * NOTHING);
+      vec highest = load(row);
+      for (int64_t j = W; j < BN; j += W) {
+        const vec y = load(row + j);
+        highest = highest > y ? highest : y;
+      }
+      float peak = top[r];
+      for (int i = 0; i < W; ++i) peak = std::max(peak, highest[i]);
+      vec l = {}, e = {};
+      for (int64_t j = 0; j < BN; j += W) {
+        vec t = load(row + j) - peak;
+        t = t < -127.0f ? vec{} - 127.0f : t;
+        const vec p = exp2_of(t);
+        store(row + j, p);
+        l += p;
+        e += p * t;
+      }
+      if (peak > top[r]) {
+        const float shift = top[r] - peak, decay = std::exp2(shift);
+        energy[r] = decay * (energy[r] + shift * total[r]);
+        total[r] *= decay;
+        for (int64_t i = 0; i < width; i += W) store(o + r * width + i, load(o + r * width + i) * decay);
+        top[r] = peak;
+      }
+      total[r] += sum(l);
+      energy[r] += sum(e);
+    }
+    accumulate(s, values + start * width, padded, cols, width, o);
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const bool number = energy[r] == energy[r], masked = number && top[r] == NOTHING;
+    const float inverse = masked ? 0.0f : number ? 1.0f / total[r] : NAN;
+    for (int64_t i = 0; i < d; ++i) head.out[(first + r) * head.os + i] = o[r * width + i] * inverse;
+    head.entropy[first + r] = masked ? 0.0f : (std::log2(total[r]) - energy[r] * inverse) * LN2;
+  }
+}
+
 }  // namespace
 
 // q (batch, heads, n, d), k and v (batch, heads, m, d): strides of all but the last dimension, which has 1. bias, four
 // strides: kind 0 none, 1 float added, 2 byte (not 0: attend). out (batch, n, heads, d), entropy (batch, heads, n).
-// scratch holds batch * heads * (m rounded up to 128) * (d + d rounded up to 16) floats.
+// scratch holds threads * (m rounded up to 128) * (d + d rounded up to 16) floats.
 extern "C" void toprovar_fae(const float* q, const float* k, const float* v, const void* bias, float* out,
                              float* entropy, float* scratch, const int64_t* qs, const int64_t* ks, const int64_t* vs,
                              const int64_t* bs, int64_t kind, int64_t batch, int64_t heads, int64_t n, int64_t m,
                              int64_t d, float scale, int64_t threads) {
-  const float log2e = 1.44269504f, ln2 = 0.693147181f;
-  const int64_t width = (d + W - 1) / W * W, key_tiles = (m + BN - 1) / BN, row_tiles = (n + BM - 1) / BM;
-  float* const keys = scratch;  // per head and key tile: panels of PANEL keys, d rows each
-  float* const values = scratch + batch * heads * key_tiles * BN * d;
-
-#pragma omp parallel for num_threads(threads)
-  for (int64_t x = 0; x < batch * heads * key_tiles; ++x) {
-    const int64_t start = x % key_tiles * BN, b = x / key_tiles / heads, h = x / key_tiles % heads;
-    const int64_t cols = std::min(BN, m - start);
-    const float* from = k + b * ks[0] + h * ks[1] + start * ks[2];
-    float* to = keys + x * BN * d;
-    for (int64_t j = 0; j < BN; ++j) {
-      float* column = to + j / PANEL * PANEL * d + j % PANEL;
-      for (int64_t i = 0; i < d; ++i) column[i * PANEL] = j < cols ? from[j * ks[2] + i] : 0.0f;
-    }
-    from = v + b * vs[0] + h * vs[1] + start * vs[2];
-    to = values + x * BN * width;
-    for (int64_t j = 0; j < cols; ++j) {
-      std::copy(from + j * vs[2], from + j * vs[2] + d, to + j * width);
-      std::fill(to + j * width + d, to + (j + 1) * width, 0.0f);
-    }
-  }
-
+  const Sizes size = {m, d, (d + W - 1) / W * W, kind, scale};
+  const int64_t tiles = (n + BM - 1) / BM, key_floats = (m + BN - 1) / BN * BN * d;
+  // Whoever takes a part of a head packs that head for itself, so that nobody waits: a few parts for each thread.
+  const int64_t parts = std::max<int64_t>(1, std::min(tiles / 4, 4 * threads / (batch * heads)));
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t x = 0; x < batch * heads * row_tiles; ++x) {
-    const int64_t bh = x / row_tiles, first = x % row_tiles * BM, b = bh / heads, h = bh % heads;
-    const int64_t rows = std::min(BM, n - first), padded = (rows + ROWS - 1) / ROWS * ROWS;
-    alignas(64) float qt[BM * MAX_D], s[BM * BN], o[BM * MAX_D], top[BM], total[BM], energy[BM];
-    for (int64_t r = 0; r < padded; ++r) {
-      const float* row = q + b * qs[0] + h * qs[1] + (first + r) * qs[2];
-      for (int64_t i = 0; i < d; ++i) qt[r * d + i] = r < rows ? row[i] * (scale * log2e) : 0.0f;
-    }
-    std::fill(o, o + padded * width, 0.0f);
-    std::fill(top, top + BM, NOTHING);
-    std::fill(total, total + BM, 0.0f);
-    std::fill(energy, energy + BM, 0.0f);
-    for (int64_t start = 0; start < m; start += BN) {
-      const int64_t cols = std::min(BN, m - start), tile = bh * key_tiles * BN + start;
-      for (int64_t c = 0; c < BN; c += PANEL)
-        for (int64_t r = 0; r < padded; r += ROWS)
-          product<COLS, false>(qt + r * d, d, keys + (tile + c) * d, PANEL, d, s + r * BN + c, BN);
-      for (int64_t r = 0; r < rows; ++r) {
-        float* const row = s + r * BN;
-        const int64_t at = b * bs[0] + h * bs[1] + (first + r) * bs[2] + start * bs[3];
-        if (kind == 1)
-          for (int64_t j = 0; j < cols; ++j) row[j] += static_cast<const float*>(bias)[at + j * bs[3]] * log2e;
-        if (kind == 2)
-          for (int64_t j = 0; j < cols; ++j)
-            if (!static_cast<const uint8_t*>(bias)[at + j * bs[3]]) row[j] = 2 * NOTHING;
-        std::fill(row + cols, row + BN, 2 * NOTHING);
-        vec highest = load(row);
-        for (int64_t j = W; j < BN; j += W) {
-          const vec y = load(row + j);
-          highest = highest > y ? highest : y;
-        }
-        float peak = top[r];
-        for (int i = 0; i < W; ++i) peak = std::max(peak, highest[i]);
-        vec l = {}, e = {};
-        for (int64_t j = 0; j < BN; j += W) {
-          vec t = load(row + j) - peak;
-          t = t < -127.0f ? vec{} - 127.0f : t;
-          const vec p = exp2_of(t);
-          store(row + j, p);
-          l += p;
-          e += p * t;
-        }
-        if (peak > top[r]) {
-          const float shift = top[r] - peak, decay = std::exp2(shift);
-          energy[r] = decay * (energy[r] + shift * total[r]);
-          total[r] *= decay;
-          for (int64_t i = 0; i < width; i += W) store(o + r * width + i, load(o + r * width + i) * decay);
-          top[r] = peak;
-        }
-        total[r] += sum(l);
-        energy[r] += sum(e);
-      }
-      accumulate(s, values + tile * width, padded, cols, width, o);
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const bool masked = top[r] == NOTHING && energy[r] == energy[r];
-      const float inverse = masked ? 0.0f : energy[r] == energy[r] ? 1.0f / total[r] : NAN;
-      float* const to = out + ((b * n + first + r) * heads + h) * d;
-      for (int64_t i = 0; i < d; ++i) to[i] = o[r * width + i] * inverse;
-      entropy[bh * n + first + r] = masked ? 0.0f : (std::log2(total[r]) - energy[r] * inverse) * ln2;
-    }
+  for (int64_t x = 0; x < batch * heads * parts; ++x) {
+    const int64_t bh = x / parts, b = bh / heads, h = bh % heads, part = x % parts;
+    const int64_t bias_offset = b * bs[0] + h * bs[1];
+    const Head head = {q + b * qs[0] + h * qs[1],
+                       k + b * ks[0] + h * ks[1],
+                       v + b * vs[0] + h * vs[1],
+                       kind == 2 ? static_cast<const void*>(static_cast<const uint8_t*>(bias) + bias_offset)
+                                 : static_cast<const float*>(bias) + bias_offset,
+                       out + (b * n * heads + h) * d,
+                       entropy + bh * n,
+                       qs[2],
+                       ks[2],
+                       vs[2],
+                       {bs[2], bs[3]},
+                       heads * d};
+    float* const keys = scratch + omp_get_thread_num() * (key_floats / d) * (d + size.width);
+    float* const values = keys + key_floats;
+    pack(head, size, keys, values);
+    for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; ++tile)
+      attend(head, size, keys, values, tile * BM, std::min(BM, n - tile * BM));
   }
 }
 """
@@ -228,11 +260,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
         strides = mask.expand(b, h, n, m).stride()
     out = torch.empty((b, n, h, d), dtype=torch.float32)
     entropy = torch.empty((b, h, n), dtype=torch.float32)
-    scratch = torch.empty(b * h * -(-m // 128) * 128 * (d + -(-d // 16) * 16), dtype=torch.float32)
+    threads = torch.get_num_threads()
+    scratch = torch.empty(threads * -(-m // 128) * 128 * (d + -(-d // 16) * 16), dtype=torch.float32)
     function(
         *(x.data_ptr() for x in (queries, keys, values, mask, out, entropy, scratch)),
         *(_longs(x) for x in (queries.stride(), keys.stride(), values.stride(), strides)),
-        *(kind, b, h, n, m, d, scale, torch.get_num_threads()),
+        *(kind, b, h, n, m, d, scale, threads),
     )
     return out.to(q.dtype).transpose(1, 2), entropy.mean(1)
 
@@ -264,7 +297,6 @@ def compiled() -> _Function | None:
 
 def _build(compiler: str, library: Path) -> None:
     """Compile into a temporary folder first: other processes may be building or loading the same file."""
-    library.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         source, result = Path(folder) / "fae.cpp", Path(folder) / "fae.so"
         source.write_text(_SOURCE)
@@ -274,7 +306,13 @@ def _build(compiler: str, library: Path) -> None:
 
 
 def _folder() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toprovar_compile"
+    """Where builds are kept; where there is no home to keep them in, a folder of this process alone."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toprovar_compile"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="toprovar_compile_"))
+    return folder
 
 
 def _processor() -> str:

@@ -41,6 +41,18 @@ def is_size(node: Node) -> bool:
     return isinstance(node.meta.get("val"), int | torch.SymInt)
 
 
+def is_scalar(node: Node) -> bool:
+    """Whether the node's value is one number: a size, or what was computed from sizes."""
+    return isinstance(node.meta.get("val"), int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def scalar_symbols(node: Node) -> frozenset[sympy.Basic]:
+    """The symbols that the number of an `is_scalar` node is made from."""
+    value = node.meta["val"]
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return frozenset(value.node.expr.free_symbols) if symbolic else frozenset()
+
+
 class SizeBuilder:
     """Builds size expressions as nodes of a graph, from the dimensions of its placeholders.
 

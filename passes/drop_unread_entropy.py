@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import operator
 
-import torch
 from torch.fx import Graph, GraphModule, Node
 
 from toprovar_compile.errors import PassInvariantError
@@ -42,7 +41,7 @@ def check_drop_unread_entropy(gm: GraphModule) -> None:
 def read_entropy(gm: GraphModule) -> GraphModule:
     """A copy of the layer graph `gm` that returns, after its first output, the entropy (B, n) of its self-attention.
 
-    That is the attention on the layer's own cache, or the only one. Raises PassInvariantError when there is no such one.
+    That is the attention on the layer's own cache, or the only one. Raises PassInvariantError when there is none.
     """
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -53,7 +52,7 @@ def read_entropy(gm: GraphModule) -> GraphModule:
     outputs = list(first) if isinstance(first, tuple | list) else [first]
     outputs.insert(1, graph.call_function(operator.getitem, (copies[found[0]], 1)))
     graph.output(tuple(outputs))
-    return GraphModule(torch.nn.Module(), graph)
+    return GraphModule(gm, graph)
 
 
 def _reads_entropy(node: Node) -> bool:

@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from toprovar_compile.errors import PassInvariantError
 from toprovar_compile.passes._graph import output_values, placeholders
+from toprovar_compile.passes._symbols import shape_of
 from toprovar_compile.passes.prove_token_axis import TokenProof
 
 aten = torch.ops.aten
@@ -25,9 +26,7 @@ aten = torch.ops.aten
 def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool) -> GraphModule:
     """The pruned form of the layer `gm`, a new module. Raises PassInvariantError without a proof."""
     if not proof.holds or proof.axes[0] != 1:
-        raise PassInvariantError(
-            f"the layer has no proof of token-equivariance: {proof.reason}", where="prune_tokens"
-        )
+        raise PassInvariantError(f"the layer has no proof of token-equivariance: {proof.reason}", where="prune_tokens")
     graph = Graph()
     inner = placeholders(gm)
     x, idx = graph.placeholder("x"), graph.placeholder("idx")
@@ -40,28 +39,34 @@ def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool) -> GraphMo
         if axis is not None:
             copies[node] = _gather(graph, copies[node], idx, kept, node, axis)
     for node in gm.graph.nodes:
-        if node.op == "call_function":
+        if node.op in ("call_function", "get_attr"):
             copies[node] = graph.node_copy(node, copies.__getitem__)
     first, *rest = output_values(gm)
-    rows = _spread(graph, idx, kept, inner[0], 1)
+    rows = _spread(graph, idx, kept, x, inner[0], 1)
     restored = graph.call_function(aten.scatter.src, (base, 1, rows, copies[first]))
     graph.output((restored, *(copies[o] for o in rest)))
-    pruned = GraphModule(torch.nn.Module(), graph)
+    pruned = GraphModule(gm, graph)
     pruned.graph.lint()
     return pruned
 
 
 def _gather(graph: Graph, source: Node, idx: Node, kept: Node, like: Node, axis: int) -> Node:
-    return graph.call_function(aten.gather.default, (source, axis, _spread(graph, idx, kept, like, axis)))
+    rows = _spread(graph, idx, kept, source, like, axis)
+    if shape_of(like.meta["val"])[0] == 1:  # one for all samples, of which each has its own set
+        batch = graph.call_function(aten.sym_size.int, (idx, 0))
+        source = graph.call_function(aten.expand.default, (source, [batch] + [-1] * (like.meta["val"].ndim - 1)))
+    return graph.call_function(aten.gather.default, (source, axis, rows))
 
 
-def _spread(graph: Graph, idx: Node, kept: Node, like: Node, axis: int) -> Node:
-    """idx (B, K) in the shape of `like`, with K tokens in dimension `axis`."""
+def _spread(graph: Graph, idx: Node, kept: Node, source: Node, like: Node, axis: int) -> Node:
+    """idx (B, K) in the shape of `source`, a value like that of `like`, with K tokens in dimension `axis`."""
     value = like.meta["val"]
-    rank = value.ndim
     batch = graph.call_function(aten.sym_size.int, (idx, 0))
-    view: list[Node | int] = [1] * rank
+    view: list[Node | int] = [1] * value.ndim
     view[0], view[axis] = batch, kept
-    shape: list[Node | int] = [int(s) if isinstance(s, int) else -1 for s in value.shape]
-    shape[0], shape[axis] = batch, kept
+    shape: list[Node | int] = [batch, *(s if isinstance(s, int) else 0 for s in value.shape[1:])]
+    shape[axis] = kept
+    for d, size in enumerate(value.shape):
+        if d not in (0, axis) and not isinstance(size, int):
+            shape[d] = graph.call_function(aten.sym_size.int, (source, d))
     return graph.call_function(aten.expand.default, (graph.call_function(aten.view.default, (idx, view)), shape))

@@ -19,7 +19,7 @@ import hashlib
 import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import sympy
 import torch
@@ -28,7 +28,17 @@ from torch.fx import Graph, GraphModule, Node
 
 from toprovar_compile.errors import PassInvariantError, UnsupportedGraphError
 from toprovar_compile.kernels import fae
-from toprovar_compile.passes._symbols import SizeBuilder, expr_of, is_size, is_tensor, shape_of, symbols_of
+from toprovar_compile.passes._graph import placeholders
+from toprovar_compile.passes._symbols import (
+    SizeBuilder,
+    expr_of,
+    is_scalar,
+    is_size,
+    is_tensor,
+    scalar_symbols,
+    shape_of,
+    symbols_of,
+)
 
 
 @dataclass(frozen=True)
@@ -50,14 +60,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class SplitStep:
-    """A step graph in pieces. `inputs` and `outputs` are those of the whole graph (None: the graph returns None there)."""
+    """A step graph in pieces. `inputs` and `outputs` are those of the whole graph (None: the graph returns None there).
+
+    `values` are the inputs' (fake) values.
+    """
 
     prologue: Piece
     layers: tuple[Layer, ...]
     epilogue: Piece
     inputs: tuple[str, ...]
+    values: tuple[object, ...]
     outputs: tuple[str | None, ...]
-    notes: tuple[str, ...] = field(default=())
 
 
 def split_layers(gm: GraphModule) -> SplitStep:
@@ -98,6 +111,7 @@ def check_split_layers(gm: GraphModule, split: SplitStep) -> None:
 
 
 _PROLOGUE, _EPILOGUE = -1, -2  # regions of nodes that lie in no layer
+_PARTS = (torch.ops.aten.slice.Tensor, torch.ops.aten.select.int)
 
 
 # which modules are layers
@@ -129,8 +143,8 @@ def _layer_paths(attention: Sequence[Node]) -> Iterable[tuple[str, ...]]:
 
 
 def _cut(gm: GraphModule, paths: tuple[str, ...]) -> SplitStep:
-    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and not is_size(n)]
-    home = {n: _home(n, paths) for n in nodes}
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and not is_scalar(n)]
+    home = _homes(nodes, paths)
     streams = _streams(nodes, home, len(paths))
     exits = streams[1:]
     moving = _downstream(nodes, set(streams))
@@ -154,23 +168,36 @@ def _cut(gm: GraphModule, paths: tuple[str, ...]) -> SplitStep:
     layers = []
     for i, path in enumerate(paths):
         extra = [o for o in dict.fromkeys(outputs) if o is not None and region.get(o) == i and o is not exits[i]]
-        piece = _extract(members[i], [exits[i], *extra], find, first=streams[i])
+        piece = _extract(gm, members[i], [exits[i], *extra], find, first=streams[i])
         layers.append(Layer(path, piece))
     before = members[_PROLOGUE]
     made = [n for n in before if n in outputs or any(region.get(u, _PROLOGUE) != _PROLOGUE for u in n.users)]
     tail = [o for o in dict.fromkeys(outputs) if o is not None and region.get(o) == _EPILOGUE]
     return SplitStep(
-        _extract(before, made, find),
+        _extract(gm, before, made, find),
         tuple(layers),
-        _extract(members[_EPILOGUE], tail, find, first=exits[-1]),
-        tuple(n.name for n in gm.graph.nodes if n.op == "placeholder"),
+        _extract(gm, members[_EPILOGUE], tail, find, first=exits[-1]),
+        tuple(n.name for n in placeholders(gm)),
+        tuple(n.meta["val"] for n in placeholders(gm)),
         tuple(o.name if o is not None else None for o in outputs),
     )
 
 
-def _home(node: Node, paths: Sequence[str]) -> int | None:
-    path = module_path(node)
-    return next((i for i, p in enumerate(paths) if path == p or path.startswith(p + ".")), None)
+def _homes(nodes: Sequence[Node], paths: Sequence[str]) -> dict[Node, int | None]:
+    """The layer that each node belongs to by its module; None outside of layers."""
+    home: dict[Node, int | None] = {}
+    unnamed = []  # made by the capture itself, not by a module
+    for n in nodes:
+        path = module_path(n)
+        home[n] = next((i for i, p in enumerate(paths) if path == p or path.startswith(p + ".")), None)
+        sources = {home[a] for a in n.all_input_nodes if home.get(a) is not None}
+        if not path and len(sources) == 1:
+            home[n] = sources.pop()
+            unnamed.append(n)
+    for n in reversed(unnamed):  # a layer has what lies between its nodes
+        if all(home.get(u) != home[n] for u in n.users):
+            home[n] = None
+    return home
 
 
 def _streams(nodes: Sequence[Node], home: dict[Node, int | None], count: int) -> list[Node]:
@@ -222,10 +249,14 @@ def is_view(node: Node) -> bool:
 
 
 def _sink_views(nodes: Sequence[Node], region: dict[Node, int]) -> None:
-    """Views cost nothing: those that one region alone reads are made there, so that what crosses is what they view."""
+    """Views cost nothing: those that one region alone reads are made there, so that what crosses is what they view.
+
+    Parts cut out by computed positions stay: the part of this scale can be gathered by token, the whole cannot.
+    """
     for n in reversed(nodes):
         readers = {region.get(u, _PROLOGUE) for u in n.users}
-        if region[n] == _PROLOGUE and (is_view(n) or not is_tensor(n)) and len(readers) == 1:
+        by_position = n.target in _PARTS and any(is_scalar(a) for a in n.all_input_nodes)
+        if region[n] == _PROLOGUE and (is_view(n) or not is_tensor(n)) and not by_position and len(readers) == 1:
             region[n] = readers.pop()
     for n in nodes:
         if region[n] == _PROLOGUE and not is_tensor(n):  # a list of tensors does not cross, its items do
@@ -254,18 +285,20 @@ def _symbol_source(gm: GraphModule) -> Callable[[sympy.Symbol], tuple[Node, int]
 
 
 def _extract(
+    gm: GraphModule,
     members: Sequence[Node],
     outputs: Sequence[Node],
     find: Callable[[sympy.Symbol], tuple[Node, int]],
     first: Node | None = None,
 ) -> Piece:
-    """Copy `members` into a graph of their own; what they read becomes inputs, `first` the first of them."""
+    """Copy `members` of `gm` into a graph of their own; what they read becomes inputs, `first` the first of them."""
     inside = set(members)
-    sizes = [a for n in members for a in n.all_input_nodes if is_size(a)]
-    reads = [a for n in members for a in n.all_input_nodes if a not in inside and not is_size(a)]
+    sizes = [a for n in members for a in n.all_input_nodes if is_scalar(a)]
+    reads = [a for n in members for a in n.all_input_nodes if a not in inside and not is_scalar(a)]
+    reads = [a for a in reads if a.op != "get_attr"]
     inputs = dict.fromkeys(([first] if first is not None else []) + reads + [o for o in outputs if o not in inside])
     known = frozenset().union(*(symbols_of(n.meta["val"]) for n in inputs if is_tensor(n)))
-    for symbol in sorted({s for a in sizes for s in expr_of(a.meta["val"]).free_symbols} - known, key=str):
+    for symbol in sorted({s for a in sizes for s in scalar_symbols(a)} - known, key=str):
         inputs.setdefault(find(symbol)[0])
     graph = Graph()
     copies: dict[Node, Node] = {}
@@ -280,14 +313,16 @@ def _extract(
     build = SizeBuilder(graph, sources.__getitem__)
 
     def copy(node: Node) -> Node:
-        return build(expr_of(node.meta["val"])) if is_size(node) else copies[node]  # type: ignore[return-value]
+        if is_size(node):
+            return build(expr_of(node.meta["val"]))  # type: ignore[return-value]
+        if node not in copies and (node.op == "get_attr" or is_scalar(node)):
+            copies[node] = graph.node_copy(node, copy)
+        return copies[node]
 
     for n in members:
         copies[n] = graph.node_copy(n, copy)
     graph.output(tuple(copies[o] for o in outputs))
-    return Piece(
-        GraphModule(torch.nn.Module(), graph), tuple(n.name for n in inputs), tuple(o.name for o in outputs)
-    )
+    return Piece(GraphModule(gm, graph), tuple(n.name for n in inputs), tuple(o.name for o in outputs))
 
 
 def graph_key(gm: GraphModule) -> str:
@@ -308,6 +343,8 @@ def graph_key(gm: GraphModule) -> str:
     for n in gm.graph.nodes:
         args = torch.fx.map_arg((n.args, n.kwargs), lambda a: f"%{index[a]}")  # type: ignore[arg-type,return-value]
         line = f"{n.op} {n.target if n.op == 'call_function' else ''} {args}"
+        if n.op == "get_attr":
+            line = f"constant {_content(getattr(gm, n.target))}"
         if n.op == "placeholder":
             v = n.meta.get("val")
             line = f"input {n.target}"
@@ -315,3 +352,9 @@ def graph_key(gm: GraphModule) -> str:
                 line = f"input {v.dtype} {v.device} {[size(d) for d in v.shape]} {[size(d) for d in v.stride()]}"
         lines.append(line)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _content(constant: object) -> str:
+    if not isinstance(constant, Tensor):
+        return repr(constant)
+    return f"{constant.dtype} {constant.device} {constant.tolist()}"

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+import torch
 from torch.fx import GraphModule, Node
 
 from toprovar_compile.errors import PassInvariantError
@@ -28,7 +29,8 @@ class SkipReason(Enum):
     """Why an attention keeps its concatenation."""
 
     NOT_RETURNED = "keys and values are not returned by the step, so no cache grows here"
-    OTHER_READER = "the grown cache is read by more than attention"
+    OTHER_READER = "the cache is read by more than attention"
+    OTHER_TOKENS = "what joins the cache are not keys and values of the queries"
     BIAS = "the attention has a bias over the grown cache"
 
 
@@ -47,7 +49,7 @@ class CacheSite:
 
 @dataclass(frozen=True)
 class CacheRewrite:
-    """What `write_kv_cache` did: its sites, the inputs and outputs that stay (old positions), the attentions skipped."""
+    """What `write_kv_cache` did: its sites, the inputs and outputs that stay (old positions), attentions skipped."""
 
     sites: tuple[CacheSite, ...]
     inputs: tuple[int, ...]
@@ -76,6 +78,9 @@ def write_kv_cache(gm: GraphModule) -> CacheRewrite:
         q, k, v, bias, scale, entropy = node.args
         if site.prior is not None:
             k, v = cat_operands(k)[1], cat_operands(v)[1]  # type: ignore[index,arg-type]
+            for prior in site.prior:
+                for user in [u for u in inputs[prior].users if _is_length(u)]:
+                    user.replace_all_uses_with(starts[i])
         with gm.graph.inserting_before(node):
             args = (q, k, v, buffers[2 * i], buffers[2 * i + 1], starts[i], bias, scale, entropy)
             new = gm.graph.call_function(fae_cached, args)
@@ -102,6 +107,7 @@ def check_write_kv_cache(gm: GraphModule) -> None:
 def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheSite | SkipReason:
     k, v, bias = node.args[1], node.args[2], node.args[3]
     assert isinstance(k, Node) and isinstance(v, Node)
+    tokens = shape_of(node.args[0].meta["val"])[2]  # type: ignore[union-attr]
     if k not in outputs or v not in outputs:
         return SkipReason.NOT_RETURNED
     grown = (outputs.index(k), outputs.index(v))
@@ -113,11 +119,22 @@ def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheS
             continue
         if any(u is not node and u.op != "output" for u in side.users):
             return SkipReason.OTHER_READER
+        if any(u is not side and not _is_length(u) for u in operands[0].users) or operands[0] in outputs:
+            return SkipReason.OTHER_READER
+        if shape_of(operands[1].meta["val"])[2] != tokens:
+            return SkipReason.OTHER_TOKENS
         priors.append(inputs.index(operands[0]))
     if bias is not None:
         return SkipReason.BIAS
     if priors[0] is None or priors[1] is None:
-        if priors != [None, None] or shape_of(k.meta["val"])[2] != shape_of(node.args[0].meta["val"])[2]:  # type: ignore[union-attr]
+        if priors != [None, None]:
             return SkipReason.OTHER_READER
+        if shape_of(k.meta["val"])[2] != tokens:
+            return SkipReason.OTHER_TOKENS
         return CacheSite(None, grown)
     return CacheSite((priors[0], priors[1]), grown)
+
+
+def _is_length(node: Node) -> bool:
+    """Whether the node is the number of tokens of a cache."""
+    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 2

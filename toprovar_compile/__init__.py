@@ -11,14 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toprovar_compile import errors, models
     from toprovar_compile.plan import Plan
+    from toprovar_compile.report import explain
     from toprovar_compile.schedule import ScaleSchedule
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "ScaleSchedule", "__version__", "errors", "models"]
+__all__ = ["Plan", "ScaleSchedule", "__version__", "errors", "explain", "models"]
 
 _MODULES = frozenset({"errors", "models"})
-_NAMES = {"Plan": "toprovar_compile.plan", "ScaleSchedule": "toprovar_compile.schedule"}
+_NAMES = {
+    "Plan": "toprovar_compile.plan",
+    "ScaleSchedule": "toprovar_compile.schedule",
+    "explain": "toprovar_compile.report",
+}
 
 
 def __getattr__(name: str) -> Any:

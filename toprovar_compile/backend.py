@@ -51,7 +51,8 @@ def _compile_step(
     session = current_session()
     hints = {"n": max(session.schedule.tokens)} if session is not None else {}
     binder = PlanBinder(opts)
-    weights = [i for i, value in enumerate(example_inputs) if isinstance(value, torch.nn.Parameter)]
+    captured = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    fixed = [i for i, n in enumerate(captured) if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {})]
     dump = Dump.open(opts.dump)
     dump.graph("captured", gm)
 
@@ -59,11 +60,11 @@ def _compile_step(
         dump.graph("functional", functional)
         split = split_layers(functional)
         check_split_layers(functional, split)
-        program = StepProgram(split, opts.inner, hints, report)
+        program = StepProgram(split, opts.inner, hints, report, fixed)
         dump.program(program)
 
         def run(args: list[Any]) -> list[Any]:
-            plan = binder.plan([args[i] for i in weights], len(program.layers))
+            plan = binder.plan([args[i] for i in fixed], len(program.layers))
             outs = program(args, plan, state_of(plan, len(program.layers)))
             args.clear()
             dump.run(program, plan)

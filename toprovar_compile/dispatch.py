@@ -8,8 +8,8 @@ is counted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import sympy
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
+from toprovar_compile.cuda_graph import Lane, Scale, lanes
 from toprovar_compile.errors import PlanError, UnsupportedGraphError
 from toprovar_compile.inductor import Compiled, Inner, compile_graph
 from toprovar_compile.passes import (
@@ -160,7 +161,7 @@ class LayerClass(Unit):
         self, name: str, measured: bool, cached: bool | None
     ) -> tuple[GraphModule, list[dict[int, str]]]:
         if name not in self._graphs:
-            graph = read_entropy(self.graph) if measured else GraphModule(torch.nn.Module(), _copy(self.graph))
+            graph = read_entropy(self.graph) if measured else GraphModule(self.graph, _copy(self.graph))
             run_passes(graph, PASSES_OF_A_VARIANT, PassContext())
             dims = self.open_dims
             if cached is not None:
@@ -194,7 +195,7 @@ def reset() -> None:
     """Forget all compiled layers and free the buffers that wait for use."""
     with _classes_lock:
         _classes.clear()
-    _pool.clear()
+    lanes.clear()
 
 
 # state of a generation
@@ -211,36 +212,6 @@ class LayerState:
     delta: tuple[Tensor, Grid] | None = None
 
 
-class BufferPool:
-    """Key/value buffers that wait for the next generation, by shape, dtype and device."""
-
-    def __init__(self) -> None:
-        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._lock = threading.Lock()
-
-    def take(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A buffer with whatever is in it."""
-        with self._lock:
-            waiting = self._free.get((shape, dtype, device))
-            if waiting:
-                return waiting.pop()
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    def give(self, buffers: Sequence[Tensor]) -> None:
-        """Take buffers back."""
-        with self._lock:
-            for b in buffers:
-                self._free.setdefault((tuple(b.shape), b.dtype, b.device), []).append(b)
-
-    def clear(self) -> None:
-        """Free all of them."""
-        with self._lock:
-            self._free.clear()
-
-
-_pool = BufferPool()
-
-
 class StepState:
     """State of the compiled steps of one generation, kept in its session; without a session, of one step."""
 
@@ -249,13 +220,37 @@ class StepState:
         self.reads = plan.reads_entropy() if plan else frozenset()
         self.deltas = plan.keeps_delta() if plan else frozenset()
         self.layers = [LayerState() for _ in range(count)]
-        self.prologues: dict[int, tuple[Any, list[Any]]] = {}
+        self.prologues: dict[int, _Prologue] = {}
+        key = (count, plan.digest() if plan else None, session.schedule if session else None)
+        self.lane = lanes.take(key) if session is not None else Lane()
         if session is not None:
-            session.on_close.append(self._release)
+            session.on_close.append(lambda: lanes.give(key, self.lane))
 
-    def _release(self) -> None:
-        _pool.give([b for layer in self.layers for pair in layer.buffers for b in pair])
-        self.layers = []
+    def save(self) -> list[LayerState]:
+        """A copy of what steps change, tensors shared."""
+        return [replace(layer, buffers=list(layer.buffers), lengths=list(layer.lengths)) for layer in self.layers]
+
+    def restore(self, layers: list[LayerState]) -> None:
+        """Set what `save` returned; it stays as it is."""
+        self.layers = [replace(s, buffers=list(s.buffers), lengths=list(s.lengths)) for s in layers]
+
+
+@dataclass(frozen=True)
+class _Prologue:
+    """Values that hold for a generation, and the inputs they were made from. Holding these keeps their addresses."""
+
+    inputs: tuple[Any, ...]
+    versions: tuple[int, ...]
+    outputs: list[Any]
+
+    def made_from(self, inputs: Sequence[Any]) -> bool:
+        """Whether these inputs are the same tensors, unchanged."""
+        return all(
+            _version(a) == version
+            and version >= 0
+            and (_same_place(a, b) if isinstance(a, Tensor) else a == b)
+            for a, b, version in zip(inputs, self.inputs, self.versions, strict=True)
+        )
 
 
 # one captured graph
@@ -278,7 +273,15 @@ class _Bound:
 class StepProgram:
     """A step graph, split, its layers bound to classes. Call it with the inputs of the graph: it returns its outputs."""
 
-    def __init__(self, split: SplitStep, inner: Inner, hints: Mapping[str, int], report: GraphReport) -> None:
+    def __init__(
+        self,
+        split: SplitStep,
+        inner: Inner,
+        hints: Mapping[str, int],
+        report: GraphReport,
+        fixed: Collection[int] = (),
+    ) -> None:
+        """`fixed` are the positions of inputs that stay where they are in memory: weights and buffers."""
         self.split, self.report = split, report
         self.layers = [self._bind(layer, inner, hints) for layer in split.layers]
         tokens = shape_of(placeholders(split.layers[0].piece.graph)[0].meta["val"])[1]
@@ -289,6 +292,14 @@ class StepProgram:
         self.prologue_dims = open_dimensions(split.prologue.graph, {})
         self.epilogue_dims = open_dimensions(split.epilogue.graph, {})
         self.guard_hits: dict[str, int] = {}
+        caches = {name for b in self.layers for prior in b.priors if prior for name in prior}
+        # Writes into caches happen below autograd, where versions are not counted.
+        self.reads_cache = not caches.isdisjoint(split.prologue.inputs)
+        sizes = {name for name, value in zip(split.inputs, split.values, strict=True) if not isinstance(value, Tensor)}
+        self.moving = [
+            i for i, name in enumerate(split.inputs) if i not in fixed and name not in caches and name not in sizes
+        ]
+        self.condition = [i for i in self.moving if split.inputs[i] in split.prologue.inputs]
         report.layers = [
             (b.name, b.cls.key, "tokens proven independent" if b.cls.proof.holds else f"not pruned: {b.cls.proof.reason}")
             for b in self.layers
@@ -328,6 +339,27 @@ class StepProgram:
     def __call__(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
         """Run one scale. `plan` None runs every layer dense."""
         ran(self.report)
+        x = args[self.moving[0]] if self.moving else None
+        if x is None or not x.is_cuda or state.session is None or not self._graphable(plan):
+            return self._run(args, plan, state)
+        scale = Scale(
+            (id(self), state.session.scale),
+            lambda given: self._run(given, plan, state),
+            state.save,
+            state.restore,
+            self.moving,
+            self.condition,
+        )
+        return state.lane.run(scale, args)
+
+    @staticmethod
+    def _graphable(plan: Plan | None) -> bool:
+        if plan is not None and plan.selection == "gumbel":
+            counters.add("fallback", "no CUDA graphs: selection='gumbel' seeds a generator at each scale")
+            return False
+        return not torch.cuda.is_current_stream_capturing()
+
+    def _run(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
         env: dict[str, Any] = dict(zip(self.split.inputs, args, strict=True))
         self._run_prologue(env, state)
         first = self.layers[0]
@@ -342,16 +374,14 @@ class StepProgram:
         return [env[name] if name is not None else None for name in self.split.outputs]
 
     def _run_prologue(self, env: dict[str, Any], state: StepState) -> None:
-        """What does not depend on the stream: computed once a generation, unless it depends on the tokens or changed."""
+        """What does not depend on the stream: kept for the generation as long as its inputs are the same."""
         piece = self.split.prologue
-        inputs = [env[name] for name in piece.inputs]
-        signature = None if torch.is_inference_mode_enabled() else _identity(inputs)
+        inputs = tuple(env[name] for name in piece.inputs)
         known = state.prologues.get(id(self))
-        if known is None or signature is None or known[0] != signature:
+        if known is None or self.reads_cache or not known.made_from(inputs):
             outs = list(self.prologue.run("prologue", self.prologue.graph, self.prologue_dims, inputs))
-            known = (signature, outs)
-            state.prologues[id(self)] = known
-        env.update(zip(piece.outputs, known[1], strict=True))
+            known = state.prologues[id(self)] = _Prologue(inputs, tuple(_version(a) for a in inputs), outs)
+        env.update(zip(piece.outputs, known.outputs, strict=True))
 
     def _actions(self, plan: Plan | None, state: StepState, x: Tensor) -> tuple[int, list[LayerAction]]:
         """The scale in progress and the action of each layer, by the guards of the step."""
@@ -383,7 +413,7 @@ class StepProgram:
         x: Tensor,
     ) -> Tensor:
         layer = state.layers[i]
-        self._open_buffers(bound, layer, state, env, x)
+        self._open_buffers(bound, i, layer, state, env, x)
         measured = (s, i) in state.reads
         if action.kind == "skip":
             assert plan is not None
@@ -421,7 +451,7 @@ class StepProgram:
         return resize_tokens(*layer.delta, plan.schedule.grids[s])
 
     def _open_buffers(
-        self, bound: _Bound, layer: LayerState, state: StepState, env: dict[str, Any], x: Tensor
+        self, bound: _Bound, i: int, layer: LayerState, state: StepState, env: dict[str, Any], x: Tensor
     ) -> None:
         """Buffers for this layer; a cache that is not the one returned before is copied in."""
         for j, prior in enumerate(bound.priors):
@@ -431,10 +461,10 @@ class StepProgram:
                 room = length + x.shape[1]
                 if state.session is not None:
                     room = max(room, state.session.schedule.total)
-                pair = tuple(
-                    _pool.take((x.shape[0], heads[0], room, heads[1]), dtype, x.device)
-                    for heads, dtype in bound.like[2 * j : 2 * j + 2]
-                )
+                pair = [
+                    state.lane.buffer((i, j, side), (x.shape[0], heads[0], room, heads[1]), dtype, x.device)
+                    for side, (heads, dtype) in enumerate(bound.like[2 * j : 2 * j + 2])
+                ]
                 layer.buffers.append((pair[0], pair[1]))
                 layer.lengths.append(0)
             for buffer, cache in zip(layer.buffers[j], old, strict=True):
@@ -455,8 +485,15 @@ def _symbols(graph: GraphModule) -> list[frozenset[sympy.Symbol]]:
     return [symbols_of(n.meta["val"]) for n in placeholders(graph) if isinstance(n.meta.get("val"), Tensor)]
 
 
-def _identity(values: Sequence[Any]) -> tuple[Any, ...]:
-    return tuple((v.data_ptr(), v._version) if isinstance(v, Tensor) else v for v in values)
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
+def _version(value: Any) -> int:
+    """A number that changes when a tensor is written to; -1 where that is not known."""
+    if isinstance(value, Tensor):
+        return -1 if value.is_inference() else value._version
+    return 0
 
 
 def state_of(plan: Plan | None, count: int) -> StepState:

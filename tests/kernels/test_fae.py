@@ -123,6 +123,19 @@ def test_fully_masked_rows_are_zero() -> None:
         assert (out == 0).all() and (entropy == 0).all()
 
 
+def test_fully_masked_rows_are_zero_where_the_backend_of_cuda_gives_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = inputs(9, 14)
+    keep = torch.ones(3, 9, 14, dtype=torch.bool)
+    keep[1, 3] = False
+    mean = v.mean(2, keepdim=True).expand_as(q)
+    monkeypatch.setattr(fae_module, "_plain_attention", lambda *_: mean.clone())
+    for bias in (keep, torch.zeros(3, 9, 14).masked_fill_(~keep, -math.inf)):
+        out, _ = fae_module._fae_cuda(q, k, v, bias, SCALE, False)
+        want = mean.clone()
+        want[:, 1, 3] = 0
+        assert torch.equal(out, want)
+
+
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(9, 0), (0, 9), (0, 0)])
 def test_no_keys_or_no_queries(n: int, m: int, entropy: bool) -> None:
@@ -191,7 +204,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     if fae_cpu.compiled() is None:
         pytest.skip("needs a C++ compiler")
-    args = (*inputs(169, 424), None, SCALE, True)
+    args = (*inputs(424, 155), None, SCALE, True)  # with five threads, heads are split
     before = torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):

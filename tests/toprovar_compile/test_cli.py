@@ -150,6 +150,22 @@ def test_other_errors_keep_their_traceback(run: Callable[..., Any], monkeypatch:
     assert isinstance(result.exception, ZeroDivisionError)
 
 
+def test_explain_prints_what_ran(monkeypatch: pytest.MonkeyPatch, tiny_var: VAR) -> None:
+    monkeypatch.setattr(models, "load", lambda name, device: tiny_var)
+    result = CliRunner().invoke(cli.app, ["explain", "tiny", "--plan", "keep=0.5,from=4,bucket=4"])
+    assert result.exit_code == 0, result.output
+    assert "graph 0: step" in result.output
+    assert "3 layers" in result.output
+    assert "prune" in result.output
+
+
+def test_a_backend_error_is_one_readable_line(monkeypatch: pytest.MonkeyPatch, tiny_var: VAR) -> None:
+    monkeypatch.setattr(models, "load", lambda name, device: tiny_var)
+    result = CliRunner().invoke(cli.app, ["explain", "tiny", "--plan", "dense", "--inner", "eagre"])
+    assert result.exit_code == 2
+    assert result.output.startswith("error: option 'inner' is 'eagre'")
+
+
 def test_every_command_has_help() -> None:
     runner = CliRunner()
     for command in ("demo", "generate", "bench", "calibrate", "explain", "doctor"):

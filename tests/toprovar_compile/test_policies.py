@@ -352,10 +352,17 @@ def test_no_crossing_means_dense() -> None:
     assert plan_from_statistics(_stats(), _fixed(tau=0.9)).is_dense
 
 
+def test_scales_too_small_to_prune_are_passed_over() -> None:
+    plan = plan_from_statistics(_stats(rho=(0.5, 0.5, 0.5, 0.5, 0.3)), _fixed())
+    assert plan.provenance["depth"] == 3  # the first with more than 16 tokens
+    falling = plan_from_statistics(_stats(rho=(None, 0.1, 0.1, 0.5, 0.3)), _fixed(crossing="falling"))
+    assert falling.provenance["depth"] == 4
+
+
 def test_scale_zero_is_never_pruned() -> None:
-    plan = plan_from_statistics(_stats(rho=(0.5, 0.5, 0.5, 0.5, 0.5)), _fixed())
+    stats = _stats(schedule=ScaleSchedule.from_patch_nums((8, 8, 8, 8, 16)), rho=(0.5,) * 5)
+    plan = plan_from_statistics(stats, _fixed())
     assert plan.provenance["depth"] == 1
-    assert plan.scales[0].layers == (DENSE,) * 3
 
 
 def test_ambiguous_layers_stay_dense() -> None:

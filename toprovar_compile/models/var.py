@@ -363,11 +363,13 @@ class VAR(nn.Module):
         t = sampling.cfg * ratio
         mixed = (1 + t) * logits[:batch] - t * logits[batch:]
         embedding = self.vae.quantize.embedding
+        mixed = filter_logits(mixed, sampling.top_k, sampling.top_p)
+        tokens = draw_tokens(mixed, rng)  # also with more_smooth: later draws are then those of the official code
         if more_smooth:
             tau = max(0.27 * (1 - ratio * 0.95), 0.005)
             h = sample_gumbel(mixed.mul(1 + ratio), tau, rng).to(embedding.weight.dtype) @ embedding.weight.unsqueeze(0)
         else:
-            h = embedding(sample_tokens(mixed, sampling.top_k, sampling.top_p, rng))
+            h = embedding(tokens)
         side = self.cfg.patch_nums[s]
         h = h.transpose(1, 2).reshape(batch, self.cfg.vae.z_channels, side, side)
         f_hat, nxt = self.vae.quantize.next_input(s, f_hat, h)
@@ -403,14 +405,12 @@ class VAR(nn.Module):
         return x, cond, self.shared_ada_lin(cond), scales
 
 
-def sample_tokens(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator | None) -> Tensor:
-    """Draw one token index a position: int64 (B, n) from logits (B, n, V), after top-k and then top-p filtering.
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Logits (B, n, V) with -inf for what top-k and then top-p rule out; 0 turns either off.
 
-    Top-p keeps the smallest set of most likely tokens whose mass exceeds top_p. The draws are those of
-    FoundationVision/VAR for the same generator state.
+    Top-p keeps the smallest set of most likely tokens whose mass exceeds top_p.
     """
-    v = logits.shape[-1]
-    if 0 < top_k < v:
+    if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1, sorted=False).values.amin(-1, keepdim=True)
         logits = logits.masked_fill(logits < kth, -torch.inf)
     if top_p > 0:
@@ -418,7 +418,15 @@ def sample_tokens(logits: Tensor, top_k: int, top_p: float, rng: torch.Generator
         tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
         tail[..., -1] = False
         logits = logits.masked_fill(tail.scatter(-1, order, tail), -torch.inf)
-    probs = logits.softmax(-1).view(-1, v)
+    return logits
+
+
+def draw_tokens(logits: Tensor, rng: torch.Generator | None) -> Tensor:
+    """One token index a position: int64 (B, n) from logits (B, n, V).
+
+    The draws are those of FoundationVision/VAR for the same generator state.
+    """
+    probs = logits.softmax(-1).view(-1, logits.shape[-1])
     return torch.multinomial(probs, 1, replacement=True, generator=rng).view(logits.shape[:-1])
 
 

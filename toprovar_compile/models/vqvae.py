@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -205,8 +206,8 @@ class _PhiTable(nn.Module):
         super().__init__()
         self.qresi_ls = nn.ModuleList(Phi(channels, ratio) for _ in range(count))
         inset = 1 / 3 / count if count == 4 else 1 / 2 / count
-        step = (1 - 2 * inset) / (count - 1) if count > 1 else 0.0
-        self.ticks = [inset + i * step for i in range(count)]
+        # As the official code computes them: with ten scales two positions lie midway, and rounding decides.
+        self.ticks: list[float] = np.linspace(inset, 1 - inset, count).tolist()
 
     def at(self, t: float) -> Phi:
         best = min(range(len(self.ticks)), key=lambda i: abs(self.ticks[i] - t))

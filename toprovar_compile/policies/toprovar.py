@@ -111,7 +111,7 @@ def scale_depth(rho: Sequence[float | None], tau: float, crossing: Crossing) -> 
     """The scale D at which pruning starts, None when no scale crosses `tau`.
 
     "rising": the first scale with rho >= tau. "falling": the first with rho <= tau from which on rho never increases.
-    Scales whose rho is None (they have one token) are passed over.
+    Scales whose rho is None are passed over.
     """
     known = [(s, value) for s, value in enumerate(rho) if value is not None]
     for i, (s, value) in enumerate(known):
@@ -160,9 +160,10 @@ class ToProVarPolicy:
 
     @cached_property
     def depth(self) -> int | None:
-        """The first scale that is pruned; scale 0 never is, because no entropy exists before it."""
-        depth = scale_depth(self.stats.rho, self.thresholds.tau, self.thresholds.crossing)
-        return None if depth is None else max(depth, 1)
+        """The first scale that is pruned. Scales too small to prune are passed over, and so is scale 0."""
+        tokens = self.stats.schedule.tokens
+        rho = [r if s and n > _TILE else None for s, (r, n) in enumerate(zip(self.stats.rho, tokens, strict=True))]
+        return scale_depth(rho, self.thresholds.tau, self.thresholds.crossing)
 
     @cached_property
     def representative_scale(self) -> int:

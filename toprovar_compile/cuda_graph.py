@@ -1,0 +1,182 @@
+"""One CUDA graph per (step program, scale): the launches of a whole scale replayed at once.
+
+The memory that a graph reads and writes has to stay where it is, so graphs belong to a lane: the buffers and graphs of
+one generation at a time. A scale runs as it is the first time (that compiles and warms up), is captured the second time,
+and replayed from then on while its inputs are where they were; else it runs as it is, and that is counted.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toprovar_compile.report import counters, logger
+
+_MAX_IDLE_LANES = 4
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What runs one scale. `run(args)` changes Python state that `save` and `restore` read and set.
+
+    `key` is (program, scale). Of the arguments, those in `moving` are copied to a fixed place before each run, all
+    others must stay where they are. `condition` are the moving ones whose unchanged value lets `run` reuse what it
+    computed at an earlier scale.
+    """
+
+    key: tuple[Hashable, Hashable]
+    run: Callable[[Sequence[Any]], list[Any]]
+    save: Callable[[], Any]
+    restore: Callable[[Any], None]
+    moving: Collection[int]
+    condition: Collection[int]
+
+
+@dataclass
+class _Captured:
+    graph: torch.cuda.CUDAGraph
+    inputs: list[Any]
+    outputs: list[Any]
+    state: Any
+    reused: bool
+
+
+@dataclass
+class Lane:
+    """Memory of one generation at a time: key/value buffers by name, and the graphs that read and write them."""
+
+    buffers: dict[Hashable, Tensor] = field(default_factory=dict)
+    _graphs: dict[Hashable, _Captured | None] = field(default_factory=dict)
+    _seen: set[Hashable] = field(default_factory=set)
+    _inputs: dict[Hashable, Tensor] = field(default_factory=dict)
+    _sources: dict[Hashable, tuple[Tensor, int]] = field(default_factory=dict)
+    _pool: Any = None
+
+    def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The buffer of this name and form, with whatever is in it."""
+        key = (name, shape, dtype, device)
+        if key not in self.buffers:
+            self.buffers[key] = torch.empty(shape, dtype=dtype, device=device)
+        return self.buffers[key]
+
+    def begin(self) -> None:
+        """A new generation starts: nothing is known to be unchanged."""
+        self._sources.clear()
+
+    def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
+        """`scale.run(args)`, captured or replayed where that is possible."""
+        key = (scale.key, tuple((tuple(args[i].shape), args[i].dtype) for i in scale.moving))
+        known = self._graphs.get(key)
+        if known is not None:
+            reason = self._moved(scale, known, args)
+            if reason is None:
+                known.graph.replay()
+                scale.restore(known.state)
+                return self._hand_out(known.outputs)
+            counters.add("cuda_graph_miss", reason)
+        elif key in self._seen and key not in self._graphs:
+            return self._capture(key, scale, args)
+        self._seen.add(key)
+        return scale.run(args)
+
+    def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> list[Any]:
+        fixed, fresh = self._place(scale, args)
+        before = scale.save()
+        graph = torch.cuda.CUDAGraph()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = scale.run(fixed)
+        except RuntimeError as error:
+            self._graphs[key] = None
+            scale.restore(before)
+            reason = str(error).strip().splitlines()[0]
+            counters.add("fallback", f"CUDA graph capture failed, the scale is launched kernel by kernel: {reason}")
+            logger.warning("CUDA graph capture failed: %s", reason)
+            return scale.run(args)
+        graph.replay()
+        self._graphs[key] = _Captured(graph, fixed, outputs, scale.save(), not fresh)
+        counters.add("cuda_graph_captured")
+        return self._hand_out(outputs)
+
+    def _moved(self, scale: Scale, known: _Captured, args: Sequence[Any]) -> str | None:
+        """Put the moving arguments in place; why the graph cannot be replayed with them, None if it can."""
+        for i, (a, b) in enumerate(zip(args, known.inputs, strict=True)):
+            if i in scale.moving:
+                continue
+            if isinstance(a, Tensor):
+                if a.data_ptr() != b.data_ptr() or a.shape != b.shape or a.stride() != b.stride():
+                    return "a weight or a cache is not where it was at capture"
+            elif a != b:
+                return "a size differs from capture"
+        _, fresh = self._place(scale, args)
+        return "the condition changed between scales" if fresh and known.reused else None
+
+    def _place(self, scale: Scale, args: Sequence[Any]) -> tuple[list[Any], bool]:
+        """The arguments at their fixed places, and whether the condition was put there anew."""
+        fixed, fresh = list(args), False
+        for i in scale.moving:
+            a = args[i]
+            name = (scale.key[0], i, tuple(a.shape), a.stride(), a.dtype)
+            if name not in self._inputs:
+                self._inputs[name] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
+            if not _unchanged(a, self._sources.get(name)):
+                self._inputs[name].copy_(a)
+                # Holding the source keeps its address from being taken by another tensor.
+                self._sources[name] = (a, -1 if a.is_inference() else a._version)
+                fresh = fresh or i in scale.condition
+            fixed[i] = self._inputs[name]
+        return fixed, fresh
+
+    def _hand_out(self, outputs: Sequence[Any]) -> list[Any]:
+        """The outputs, copied where the next replay would overwrite them under the caller."""
+        ours = {b.data_ptr() for b in self.buffers.values()}
+        return [
+            out.clone() if isinstance(out, Tensor) and out.data_ptr() not in ours else out for out in outputs
+        ]
+
+
+def _unchanged(value: Tensor, source: tuple[Tensor, int] | None) -> bool:
+    if source is None or value.is_inference():
+        return False
+    old, version = source
+    return value.data_ptr() == old.data_ptr() and value.stride() == old.stride() and value._version == version
+
+
+class Lanes:
+    """Lanes that wait for the next generation, by what they were used for; a few are kept, the rest freed."""
+
+    def __init__(self) -> None:
+        self._idle: list[tuple[Hashable, Lane]] = []
+        self._lock = threading.Lock()
+
+    def take(self, key: Hashable) -> Lane:
+        """An idle lane of this key, or a new one."""
+        with self._lock:
+            for i, (known, lane) in enumerate(self._idle):
+                if known == key:
+                    del self._idle[i]
+                    break
+            else:
+                lane = Lane()
+        lane.begin()
+        return lane
+
+    def give(self, key: Hashable, lane: Lane) -> None:
+        """Take a lane back; the one that waits longest is freed when there are too many."""
+        with self._lock:
+            self._idle.append((key, lane))
+            del self._idle[:-_MAX_IDLE_LANES]
+
+    def clear(self) -> None:
+        """Free all idle lanes."""
+        with self._lock:
+            self._idle.clear()
+
+
+lanes = Lanes()
