@@ -88,7 +88,7 @@ class SizeBuilder:
 
     def _call(self, op: Any, *args: Node | int) -> Node:
         node = self._graph.call_function(op, args)
-        values = [a.meta["val"] if isinstance(a, Node) else a for a in args]
+        values: list[Any] = [a.meta["val"] if isinstance(a, Node) else a for a in args]
         node.meta["val"] = values[0].shape[values[1]] if op is torch.ops.aten.sym_size.int else op(*values)
         return node
 

@@ -73,7 +73,12 @@ class Refusal(Exception):
 
 def is_shared(axis: Axis, shape: Sequence[sympy.Expr]) -> bool:
     """Whether a value has one entry for all samples: it has one for each as soon as tokens are gathered."""
-    return shape[axis.dim] == 1 and axis.size != 1
+    return bool(shape[axis.dim] == 1 and axis.size != 1)
+
+
+def _int(value: object) -> int:
+    assert isinstance(value, int)
+    return value
 
 
 def _tensor(node: Node, i: int = 0) -> Node:
@@ -128,7 +133,7 @@ def _reduce(node: Node, axis: Axis) -> Axis:
     if dims is None or dims == []:
         raise Refusal(f"it reduces over all dimensions, {axis.of} among them")
     rank = len(_shape(_tensor(node)))
-    over = {int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}  # type: ignore[call-overload]
+    over = {_int(d) % rank for d in (dims if isinstance(dims, list | tuple) else [dims])}
     if axis.dim in over:
         raise Refusal(f"it reduces over the {axis.of}")
     return axis if keep else axis.at(axis.dim - sum(d < axis.dim for d in over))
@@ -140,7 +145,7 @@ def _along(position: int) -> Callable[[Node, Axis], Axis]:
     def move(node: Node, axis: Axis) -> Axis:
         rank = len(_shape(_tensor(node)))
         default = next((a.default_value for a in node.target._schema.arguments if a.name == "dim"), 0)  # type: ignore[union-attr]
-        dim = int(node.args[position] if len(node.args) > position else node.kwargs.get("dim", default))  # type: ignore[call-overload,arg-type]
+        dim = _int(node.args[position] if len(node.args) > position else node.kwargs.get("dim", default))
         if dim % rank == axis.dim:
             raise Refusal(f"it works along the {axis.of}")
         value = node.meta["val"]
@@ -159,7 +164,7 @@ def _slice(node: Node, axis: Axis) -> Axis:
 def _permute(node: Node, axis: Axis) -> Axis:
     rank = len(_shape(_tensor(node)))
     if node.target is aten.permute.default:
-        order = [int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
+        order = [_int(d) % rank for d in node.args[1]]  # type: ignore[union-attr]
     else:
         a, b = (int(d) % rank for d in node.args[1:3]) if node.target is aten.transpose.int else (0, rank - 1)  # type: ignore[arg-type]
         order = list(range(rank))
@@ -248,7 +253,7 @@ def _cat(node: Node, states: States) -> State:
     if len(found) < len(tensors):
         raise Refusal("it joins values with tokens and values without")
     meet, rank = _meet(found), len(_shape(tensors[0]))
-    dim = int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))  # type: ignore[call-overload,arg-type]
+    dim = _int(node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0))
     if node.target is aten.stack.default:
         dim %= rank + 1
         batch = meet.batch and meet.batch.at(meet.batch.dim + (dim <= meet.batch.dim))

@@ -105,9 +105,9 @@ def check_split_layers(gm: GraphModule, split: SplitStep) -> None:
             if name not in known:
                 raise PassInvariantError(f"{name} is read before it is made", where="split_layers")
         known.update(piece.outputs)
-    for name in split.outputs:
-        if name is not None and name not in known:
-            raise PassInvariantError(f"the output {name} is made by no piece", where="split_layers")
+    for output in split.outputs:
+        if output is not None and output not in known:
+            raise PassInvariantError(f"the output {output} is made by no piece", where="split_layers")
 
 
 _PROLOGUE, _EPILOGUE = -1, -2  # regions of nodes that lie in no layer
@@ -341,7 +341,7 @@ def graph_key(gm: GraphModule) -> str:
 
     lines = []
     for n in gm.graph.nodes:
-        args = torch.fx.map_arg((n.args, n.kwargs), lambda a: f"%{index[a]}")  # type: ignore[arg-type,return-value]
+        args = torch.fx.map_arg((n.args, n.kwargs), lambda a: f"%{index[a]}")
         line = f"{n.op} {n.target if n.op == 'call_function' else ''} {args}"
         if n.op == "get_attr":
             line = f"constant {_content(getattr(gm, n.target))}"

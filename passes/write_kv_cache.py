@@ -77,7 +77,7 @@ def write_kv_cache(gm: GraphModule) -> CacheRewrite:
     for i, (site, node) in enumerate(zip(sites, old, strict=True)):
         q, k, v, bias, scale, entropy = node.args
         if site.prior is not None:
-            k, v = cat_operands(k)[1], cat_operands(v)[1]  # type: ignore[index,arg-type]
+            k, v = cat_operands(k)[1], cat_operands(v)[1]  # type: ignore[index]
             for prior in site.prior:
                 for user in [u for u in inputs[prior].users if _is_length(u)]:
                     user.replace_all_uses_with(starts[i])
@@ -111,7 +111,7 @@ def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheS
     if k not in outputs or v not in outputs:
         return SkipReason.NOT_RETURNED
     grown = (outputs.index(k), outputs.index(v))
-    priors = []
+    priors: list[int | None] = []
     for side in (k, v):
         operands = cat_operands(side)
         if operands is None or operands[0] not in inputs:
@@ -137,4 +137,4 @@ def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheS
 
 def _is_length(node: Node) -> bool:
     """Whether the node is the number of tokens of a cache."""
-    return node.target is torch.ops.aten.sym_size.int and node.args[1] == 2
+    return bool(node.target is torch.ops.aten.sym_size.int and node.args[1] == 2)

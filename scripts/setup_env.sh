@@ -51,9 +51,9 @@ else
     cp constraints.txt "$venv/constraints.txt"
     torch="$(grep '^torch==' constraints.txt)"
     echo "No NVIDIA GPU: installing the CPU build of $torch"
-    # The plain wheel on PyPI brings several gigabytes of CUDA libraries, so the build tagged +cpu is asked for first.
+    # A plain wheel may bring gigabytes of CUDA libraries, so the build tagged +cpu is asked for first; pip finds it
+    # where PIP_EXTRA_INDEX_URL names PyTorch's index of CPU wheels.
     "${pip[@]}" -c "$venv/constraints.txt" "$torch+cpu" 2>/dev/null ||
-        "${pip[@]}" -c "$venv/constraints.txt" "$torch+cpu" --extra-index-url https://download.pytorch.org/whl/cpu ||
         "${pip[@]}" -c "$venv/constraints.txt" "$torch"
 fi
 # The packaging test builds a wheel with the setuptools of this environment.

@@ -63,17 +63,20 @@ class PlanBinder:
             self._explicit.check_model(session.fingerprint(), session.schedule, num_layers)
             return self._explicit
         if session.known_plan is None:
-            return _dense("the model brings no plan; calibrate one, or use plan='dense' to say that none is wanted")
+            return self._dense(
+                "the model brings no plan; calibrate one, or use plan='dense' to say that none is wanted"
+            )
         try:
             session.known_plan.check_model(session.fingerprint(), session.schedule, num_layers)
         except PlanError as error:
-            return _dense(f"the model's own plan does not fit it: {error}")
+            return self._dense(f"the model's own plan does not fit it: {error}")
         return _with_thresholds(session.known_plan, self._options)
 
-
-def _dense(reason: str) -> None:
-    counters.add("fallback", f"plan='auto' runs dense: {reason}")
-    logger.warning("plan='auto' runs dense: %s", reason)
+    @staticmethod
+    def _dense(reason: str) -> Plan | None:
+        counters.add("fallback", f"plan='auto' runs dense: {reason}")
+        logger.warning("plan='auto' runs dense: %s", reason)
+        return None
 
 
 def _with_thresholds(plan: Plan, options: Options) -> Plan:

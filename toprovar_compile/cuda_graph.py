@@ -1,8 +1,8 @@
 """One CUDA graph per (step program, scale): the launches of a whole scale replayed at once.
 
 The memory that a graph reads and writes has to stay where it is, so graphs belong to a lane: the buffers and graphs of
-one generation at a time. A scale runs as it is the first time (that compiles and warms up), is captured the second time,
-and replayed from then on while its inputs are where they were; else it runs as it is, and that is counted.
+one generation at a time. A scale runs as it is the first time (that compiles and warms up), is captured the second
+time, and replayed from then on while its inputs are where they were; else it runs as it is, and that is counted.
 """
 
 from __future__ import annotations
@@ -136,9 +136,7 @@ class Lane:
     def _hand_out(self, outputs: Sequence[Any]) -> list[Any]:
         """The outputs, copied where the next replay would overwrite them under the caller."""
         ours = {b.data_ptr() for b in self.buffers.values()}
-        return [
-            out.clone() if isinstance(out, Tensor) and out.data_ptr() not in ours else out for out in outputs
-        ]
+        return [out.clone() if isinstance(out, Tensor) and out.data_ptr() not in ours else out for out in outputs]
 
 
 def _unchanged(value: Tensor, source: tuple[Tensor, int] | None) -> bool:
@@ -158,12 +156,8 @@ class Lanes:
     def take(self, key: Hashable) -> Lane:
         """An idle lane of this key, or a new one."""
         with self._lock:
-            for i, (known, lane) in enumerate(self._idle):
-                if known == key:
-                    del self._idle[i]
-                    break
-            else:
-                lane = Lane()
+            at = next((i for i, (known, _) in enumerate(self._idle) if known == key), None)
+            lane = Lane() if at is None else self._idle.pop(at)[1]
         lane.begin()
         return lane
 

@@ -1,8 +1,8 @@
 """Run a step graph in pieces: for every scale and layer the compiled variant that the plan asks for.
 
 A variant is compiled code of a layer class for one kind of action. It is chosen by guards, which are sympy relations on
-sizes; sizes that no variant covers are compiled for once, and what the plan asks for but cannot be proven runs dense and
-is counted.
+sizes; sizes that no variant covers are compiled for once, and what the plan asks for but cannot be proven runs dense
+and is counted.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from toprovar_compile.inductor import Compiled, Inner, compile_graph
 from toprovar_compile.passes import (
     PASSES_OF_A_VARIANT,
     Layer,
-    Piece,
     SplitStep,
     TokenProof,
     check_write_kv_cache,
@@ -70,7 +69,7 @@ class Unit:
         self._lock = threading.Lock()
 
     def run(self, name: str, graph: GraphModule, open_dims: Sequence[Mapping[int, str]], args: Sequence[Any]) -> Any:
-        """Run the variant `name` (of `graph`, with these open dimensions), compiled if none covers the sizes of `args`."""
+        """Run the variant `name` of `graph`, compiled if none covers the sizes of `args`."""
         sizes = tuple(args[i].shape[d] for i, dims in enumerate(open_dims) for d in dims)
         key = (name, sizes)
         variant = self._chosen.get(key)
@@ -116,7 +115,7 @@ def covers(relations: Sequence[sympy.Basic], values: Mapping[str, int]) -> bool:
 
 def open_dimensions(graph: GraphModule, names: Mapping[sympy.Expr, str]) -> list[dict[int, str]]:
     """For each input of `graph` its dimensions of symbolic size, by name."""
-    found = []
+    found: list[dict[int, str]] = []
     for node in placeholders(graph):
         value = node.meta.get("val")
         dims: dict[int, str] = {}
@@ -157,9 +156,7 @@ class LayerClass(Unit):
         name = "prune" + ", cached" * cached + " with entropy" * measured
         return self.run(name, *self._variant(name, measured, cached), args)
 
-    def _variant(
-        self, name: str, measured: bool, cached: bool | None
-    ) -> tuple[GraphModule, list[dict[int, str]]]:
+    def _variant(self, name: str, measured: bool, cached: bool | None) -> tuple[GraphModule, list[dict[int, str]]]:
         if name not in self._graphs:
             graph = read_entropy(self.graph) if measured else GraphModule(self.graph, _copy(self.graph))
             run_passes(graph, PASSES_OF_A_VARIANT, PassContext())
@@ -246,9 +243,7 @@ class _Prologue:
     def made_from(self, inputs: Sequence[Any]) -> bool:
         """Whether these inputs are the same tensors, unchanged."""
         return all(
-            _version(a) == version
-            and version >= 0
-            and (_same_place(a, b) if isinstance(a, Tensor) else a == b)
+            _version(a) == version and version >= 0 and (_same_place(a, b) if isinstance(a, Tensor) else a == b)
             for a, b, version in zip(inputs, self.inputs, self.versions, strict=True)
         )
 
@@ -271,7 +266,7 @@ class _Bound:
 
 
 class StepProgram:
-    """A step graph, split, its layers bound to classes. Call it with the inputs of the graph: it returns its outputs."""
+    """A step graph, split, its layers bound to classes; called with the inputs of the graph it returns its outputs."""
 
     def __init__(
         self,
@@ -301,8 +296,9 @@ class StepProgram:
         ]
         self.condition = [i for i in self.moving if split.inputs[i] in split.prologue.inputs]
         report.layers = [
-            (b.name, b.cls.key, "tokens proven independent" if b.cls.proof.holds else f"not pruned: {b.cls.proof.reason}")
+            (b.name, b.cls.key, "tokens proven independent" if p.holds else f"not pruned: {p.reason}")
             for b in self.layers
+            for p in [b.cls.proof]
         ]
         report.variants = self._variant_lines
         report.guards = lambda: [f"{text}: {n} hits" for text, n in self.guard_hits.items()]
@@ -328,7 +324,7 @@ class StepProgram:
             tuple(names[i] for i in rewrite.inputs[1:]),
             tuple((names[s.prior[0]], names[s.prior[1]]) if s.prior else None for s in rewrite.sites),
             tuple((outs[s.grown[0]], outs[s.grown[1]]) for s in rewrite.sites),
-            tuple((_heads(likes[i]), likes[i].dtype) for s in rewrite.sites for i in s.grown),
+            tuple(_like(likes[i]) for s in rewrite.sites for i in s.grown),
         )
 
     def _variant_lines(self) -> list[str]:
@@ -477,8 +473,9 @@ class StepProgram:
             layer.lengths[j] = length
 
 
-def _heads(value: Any) -> tuple[int, int]:
-    return int(value.shape[1]), int(value.shape[3])
+def _like(value: Any) -> tuple[tuple[int, int], torch.dtype]:
+    """Heads and head size, and the dtype, of a cache (B, H, p, D)."""
+    return (int(value.shape[1]), int(value.shape[3])), value.dtype
 
 
 def _symbols(graph: GraphModule) -> list[frozenset[sympy.Symbol]]:
@@ -512,4 +509,4 @@ def state_of(plan: Plan | None, count: int) -> StepState:
             )
         state = StepState(session, plan, count)
         session.store["steps"] = state
-    return state  # type: ignore[no-any-return]
+    return state

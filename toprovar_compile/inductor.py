@@ -48,8 +48,9 @@ def compile_graph(
 ) -> Compiled:
     """Compile `gm` for inputs like `inputs`; `open_dims[i]` names the dimensions of input i whose size is left open.
 
-    Equal names are equal sizes; `hints` are the sizes to optimise for, those of `inputs` where it names none. Integer inputs are always open, and never assumed to differ from 0 or 1. Tensors with
-    open dimensions other than the first must be contiguous. Raises MissingCompilerError when code cannot be built on this machine.
+    Equal names are equal sizes; `hints` are the sizes to optimise for, those of `inputs` where it names none. Integer
+    inputs are always open, and never assumed to differ from 0 or 1. Tensors with open dimensions other than the first
+    must be contiguous. Raises MissingCompilerError when code cannot be built on this machine.
     """
     if inner not in INNERS:
         raise OptionError(f"inner is {inner!r}", where="options", expected="one of " + ", ".join(INNERS))
@@ -80,7 +81,7 @@ def _compile(
     ]
     try:
         with torch.no_grad(), tracing(TracingContext(mode)):
-            call = compile_fx(gm, fakes)
+            call: Any = compile_fx(gm, fakes)
     except Exception as error:
         _explain_failure(error)
         raise
@@ -101,7 +102,8 @@ def compile_plain(gm: GraphModule, inputs: Sequence[Any], inner: Inner) -> Calla
     from torch._inductor.compile_fx import compile_fx
 
     try:
-        return compile_fx(gm, list(inputs))  # type: ignore[no-any-return]
+        call: Any = compile_fx(gm, list(inputs))
+        return call  # type: ignore[no-any-return]
     except Exception as error:
         _explain_failure(error)
         raise
@@ -120,7 +122,7 @@ def _fake(
         return _symbol(shape_env, symbols, name, value, anything=True)
     if not dims:
         return mode.from_tensor(value, static_shapes=True)
-    sizes = [
+    sizes: list[int | torch.SymInt] = [
         _symbol(shape_env, symbols, dims[d], hints.get(dims[d], n)) if d in dims else n
         for d, n in enumerate(value.shape)
     ]
@@ -139,7 +141,9 @@ def _symbol(
         expr = shape_env.create_symbol(
             hint, source, DimDynamic.DYNAMIC, None, positive=True, do_not_specialize_zero_one=anything
         )
-        symbols[name] = shape_env.create_symintnode(expr, hint=hint, source=source)
+        made = shape_env.create_symintnode(expr, hint=hint, source=source)
+        assert isinstance(made, torch.SymInt)
+        symbols[name] = made
     return symbols[name]
 
 

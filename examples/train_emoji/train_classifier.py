@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 import data
 
-
 SIDE = 64
 
 
