@@ -73,13 +73,13 @@ def plans(model: Any, statistics: dict[str, Any]) -> Iterator[tuple[str, Plan]]:
             share(0.0, last - 1, layers=layers, exit_scale=last),
         )
     for start in (last - 2, last - 1):
-        # The depth is given here, so that the other thresholds can be compared at each.
-        known = {**statistics, "rho": [0.0] * start + [1.0] * (last + 1 - start)}
         for alpha_min, bound in ((0.2, 0.3), (0.5, 0.3), (0.7, 0.3), (0.5, 0.1), (0.7, 0.1)):
             for leave in (None, last):
-                thresholds = Thresholds(alpha_min=alpha_min, global_below=bound, detail_above=bound, exit_scale=leave)
+                thresholds = Thresholds(
+                    depth=start, alpha_min=alpha_min, global_below=bound, detail_above=bound, exit_scale=leave
+                )
                 name = f"toprovar depth={start},alpha_min={alpha_min},detail_above={bound},exit={leave}"
-                yield name, plan_from_statistics(known, thresholds)
+                yield name, plan_from_statistics(statistics, thresholds)
 
 
 def generate(model: Any, plan: Plan, labels: Tensor, seed: int, batch: int) -> Tensor:

@@ -125,8 +125,8 @@ def _apply(node: Node, states: dict[Node, State], stream: _Stream) -> State:
         return _token_free(node, stream)
     if rule is None:
         raise Refusal("no rule says that this operator treats tokens alike")
-    _no_token_scalars(node, 0 if node.target not in _SIZED else 2, stream)
     state = rule(node, states)
+    _no_token_scalars(node, 0 if node.target not in _SIZED else 2, stream)
     values = node.meta["val"] if isinstance(state, tuple) else [node.meta["val"]]
     for value, made in zip(values, state if isinstance(state, tuple) else [state], strict=True):
         _check_shape(value, made, stream)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -35,15 +36,23 @@ MEASURED = "toprovar dense, entropy measured"
 
 FRONTIER = (
     "auto",
+    # the last scale alone
+    "keep=0.5,from=9",
+    "keep=0.25,from=9",
+    "keep=0,from=9",
+    "exit=9",
+    # the last two
     "keep=0.75,from=8",
     "keep=0.5,from=8",
     "keep=0.25,from=8",
+    "keep=0.5,from=8,restore=identity",
+    "keep=0.5,from=8,exit=9",
+    "keep=0.25,from=8,exit=9",
+    "exit=8",
+    # the last three
     "keep=0.5,from=7",
     "keep=0.25,from=7",
-    "keep=0.5/0.25,from=8",
-    "keep=0.25,from=8,restore=identity",
-    "exit=9",
-    "exit=8",
+    "keep=0.25,from=7,exit=8",
 )
 
 
@@ -225,6 +234,7 @@ def _ways(settings: Settings, model: VAR) -> list[Way]:
 
 
 def _measure(way: Way, model: VAR, jobs: list[Job], device: torch.device, parts: _Parts) -> dict[str, Any]:
+    load = os.getloadavg()[0]
     with measure.cold_caches():
         outcome = measure.run_way(way, model, jobs, device=device, sampling={})
     if way.name == "eager":
@@ -242,6 +252,8 @@ def _measure(way: Way, model: VAR, jobs: list[Job], device: torch.device, parts:
         "plan": way.plan.to_json() if way.plan else None,
         "token_share": way.plan.token_share() if way.plan else None,
         "total_share": way.plan.total_share() if way.plan else 1.0,
+        # Of the whole machine: times are worth little where it was busy with other things.
+        "load_average": {"before": load, "after": os.getloadavg()[0]},
     }
     parts.save(way, entry)
     return entry

@@ -43,14 +43,16 @@ class PlanBinder:
     def plan(self, weights: Sequence[Tensor], num_layers: int) -> Plan | None:
         """The plan of the generation in progress, bound to its session; None runs everything.
 
-        `weights` stand for the model: when one of them was changed or exchanged, the plan is checked again.
+        `weights` stand for the model: when one of them, or the model's own plan, was changed or exchanged, the plan is
+        checked again.
         Raises PlanError when an explicit plan does not fit the model.
         """
         session = current_session()
         if session is None:
             return None
         if "plan" not in session.store:
-            key = (session.schedule, num_layers, tuple((w.data_ptr(), _version(w)) for w in weights))
+            state = tuple((w.data_ptr(), _version(w)) for w in weights)
+            key = (session.schedule, num_layers, session.known_plan, state)
             if self._checked is None or self._checked[0] != key:
                 self._checked = (key, self._resolve(session, num_layers))
             session.plan = session.store["plan"] = self._checked[1]
@@ -95,6 +97,8 @@ def _with_thresholds(plan: Plan, options: Options) -> Plan:
     names = {f.name for f in fields(Thresholds)}
     before: dict[str, Any] = {k: v for k, v in plan.provenance.get("thresholds", {}).items() if k in names}
     before = {k: tuple(v) if isinstance(v, list) else v for k, v in before.items()}
+    if chosen.keys() & {"tau", "crossing"}:
+        before.pop("depth", None)  # a depth set by hand would leave them without effect
     return plan_from_statistics(statistics, Thresholds(**{**before, **chosen}))
 
 

@@ -29,9 +29,9 @@ console = Console(width=160)
 
 
 def emoji_config(classes: int, tiny: bool = False) -> VARConfig:
-    """The shape of emoji-VAR; `tiny` is the same architecture small enough for a CPU test, for 64x64 images."""
+    """The shape of emoji-VAR; `tiny` is the same architecture small enough for a CPU test, for 32x32 images."""
     if tiny:
-        vae = VQVAEConfig(32, 8, 32, (1, 1, 1, 1), num_res_blocks=1, patch_nums=(1, 2, 4, 8))
+        vae = VQVAEConfig(32, 8, 32, (1, 1, 1), num_res_blocks=1, patch_nums=(1, 2, 4, 8))
         return VARConfig(2, 64, 2, shared_aln=True, num_classes=classes, vae=vae)
     vae = VQVAEConfig(1024, 16, 32, (1, 2, 2, 4), share_quant_resi=0, patch_nums=(1, 2, 3, 4, 6, 9, 13, 18, 24, 32))
     return VARConfig(16, 256, 4, shared_aln=True, num_classes=classes, vae=vae)

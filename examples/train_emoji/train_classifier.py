@@ -9,12 +9,12 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import common
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
+import common
 import data
 
 SIDE = 64

@@ -12,15 +12,16 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import common
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-import data
 from toprovar_compile.models.var import VARConfig
 from toprovar_compile.models.vqvae import VQVAE
+
+import common
+import data
 
 _PLAIN_SHARE = 0.12  # share of the run without quantisation, before the codebook is initialised
 _REVIVE_UNTIL = 0.7  # share of the run

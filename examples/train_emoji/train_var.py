@@ -14,15 +14,16 @@ import time
 from pathlib import Path
 from typing import Annotated
 
-import common
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-import data
 from toprovar_compile.models.var import VAR, VARConfig
 from toprovar_compile.models.vqvae import VQVAE, MultiScaleQuantizer
+
+import common
+import data
 
 # (share of the run from which it holds, finest scales left out)
 STAGES = ((0.0, 2), (0.25, 0))

@@ -359,6 +359,12 @@ def test_scales_too_small_to_prune_are_passed_over() -> None:
     assert falling.provenance["depth"] == 4
 
 
+def test_depth_can_be_given() -> None:
+    assert plan_from_statistics(_stats(), _fixed(depth=4, tau=1.0)).provenance["depth"] == 4
+    with pytest.raises(OptionError, match="depth"):
+        plan_from_statistics(_stats(), _fixed(depth=5))
+
+
 def test_scale_zero_is_never_pruned() -> None:
     stats = _stats(schedule=ScaleSchedule.from_patch_nums((8, 8, 8, 8, 16)), rho=(0.5,) * 5)
     plan = plan_from_statistics(stats, _fixed())
@@ -441,6 +447,7 @@ def test_make_plan_takes_any_policy() -> None:
         ("normalisation", "sum"),
         ("representative_scale", 0),
         ("exit_scale", 1.5),
+        ("depth", 0),
         ("seed", "1"),
         ("buckets", ()),
         ("buckets", 0.5),

@@ -32,10 +32,10 @@ _TILE = 16  # kept counts are multiples of this, so that matrix tiles are full
 class Thresholds:
     """Settings that turn statistics into a plan.
 
-    `tau`, `crossing`: see `scale_depth`. `beta`: see `layer_scores`; None fits it so that a layer of the model's median
-    ratio scores 0.5. `representative_scale`: where the ratios are taken; None is 6, or the last scale of a shorter
-    schedule. Layers of score at most `global_below` and between the two bounds run dense, those of at least
-    `detail_above` are pruned.
+    `tau`, `crossing`: see `scale_depth`; a `depth` starts pruning at that scale whatever they say. `beta`: see
+    `layer_scores`; None fits it so that a layer of the model's median ratio scores 0.5. `representative_scale`: where
+    the ratios are taken; None is 6, or the last scale of a shorter schedule. Layers of score at most `global_below` and
+    between the two bounds run dense, those of at least `detail_above` are pruned.
     `alpha_min`, `alpha_max`, `normalisation`: see `tokens.keep_probability`. The kept share is rounded up to one of
     `buckets`, and is at least `min_share`, in every region of the map. `exit_scale`: leave before this scale.
     `restore`, `selection`, `direction`, `seed`: as in `Plan`. Raises OptionError for a value out of range.
@@ -43,13 +43,14 @@ class Thresholds:
 
     tau: float = 0.4
     crossing: Crossing = "rising"
+    depth: int | None = None
     beta: float | None = None
     alpha_min: float = 0.0
     alpha_max: float = 1.0
     normalisation: Normalisation = "mean_one"
     representative_scale: int | None = None
-    global_below: float = 0.35
-    detail_above: float = 0.65
+    global_below: float = 0.3
+    detail_above: float = 0.4
     buckets: tuple[float, ...] = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75)
     min_share: float = 0.1
     exit_scale: int | None = None
@@ -71,7 +72,7 @@ class Thresholds:
         for name, kind in _CHOICES.items():
             valid = get_args(kind)
             _check(name, getattr(self, name), valid.__contains__, "one of " + ", ".join(valid))
-        for name in ("representative_scale", "exit_scale"):
+        for name in _SCALES:
             _check(
                 name, getattr(self, name), lambda v: v is None or (_integer(v) and v >= 1), "None or an integer >= 1"
             )
@@ -98,6 +99,7 @@ class Thresholds:
         return cls(**values)
 
 
+_SCALES = ("depth", "representative_scale", "exit_scale")
 _CHOICES: dict[str, Any] = {
     "crossing": Crossing,
     "normalisation": Normalisation,
@@ -154,13 +156,15 @@ class ToProVarPolicy:
 
     def __post_init__(self) -> None:
         last = len(self.stats.schedule) - 1
-        for name in ("representative_scale", "exit_scale"):
+        for name in _SCALES:
             scale = getattr(self.thresholds, name)
             _check(name, scale, lambda v: v is None or v <= last, f"a scale of the model, 1..{last}")
 
     @cached_property
     def depth(self) -> int | None:
-        """The first scale that is pruned. Scales too small to prune are passed over, and so is scale 0."""
+        """The first scale that is pruned. The crossing passes over scales that are too small to prune, and scale 0."""
+        if self.thresholds.depth is not None:
+            return self.thresholds.depth
         tokens = self.stats.schedule.tokens
         rho = [r if s and n > _TILE else None for s, (r, n) in enumerate(zip(self.stats.rho, tokens, strict=True))]
         return scale_depth(rho, self.thresholds.tau, self.thresholds.crossing)

@@ -1,0 +1,344 @@
+"""Compiled generation by a plan gives what the eager reference gives, with the eager inner compiler."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import sympy
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters as compile_counters
+from torch.fx import Graph, GraphModule
+
+from toprovar_compile import dispatch
+from toprovar_compile.dispatch import StepState, Unit, covers, open_dimensions, state_of
+from toprovar_compile.errors import PlanError, UnsupportedGraphError
+from toprovar_compile.inductor import Compiled
+from toprovar_compile.models.var import VAR
+from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
+from toprovar_compile.reference import pruned
+from toprovar_compile.report import counters
+from toprovar_compile.schedule import ScaleSchedule
+from toprovar_compile.session import generation
+
+# Where entropy is measured, attention is another kernel: sums in another order. Logits reach 2.
+TOLERANCE = {"rtol": 0.0, "atol": 2e-6}
+
+ONE, THREE = torch.tensor([4]), torch.tensor([1, 7, 2])
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> None:
+    """What is compiled in this file is shared by its tests."""
+
+
+class Pair:
+    """A model and its compiled form, warmed up for batches of one and three images."""
+
+    def __init__(self, model: VAR, batches: Sequence[Tensor]) -> None:
+        self.model = model
+        self.fast = torch.compile(model, backend="toprovar", options={"inner": "eager"})
+        model.plan = Plan.dense(model.schedule, len(model.blocks))
+        for labels in batches:
+            self.fast(labels, seed=0)
+
+    @contextmanager
+    def logits(self) -> Iterator[list[Tensor]]:
+        """The logits of every scale that runs in the block."""
+        seen: list[Tensor] = []
+        advance = self.model._advance
+
+        @torch.compiler.disable
+        def record(s: int, logits: Tensor, *rest: Any) -> Any:
+            seen.append(logits)
+            return advance(s, logits, *rest)
+
+        self.model._advance = record  # type: ignore[method-assign]
+        try:
+            yield seen
+        finally:
+            del self.model._advance
+
+    def check(self, plan: Plan, labels: Tensor, **sampling: Any) -> list[Tensor]:
+        """Compare logits of all scales and images with the reference; nothing is compiled anew."""
+        self.model.plan = plan
+        with pruned(self.model, plan), self.logits() as want:
+            image = self.model(labels, seed=5, **sampling)
+        before = compile_counters["stats"]["unique_graphs"]
+        with self.logits() as got:
+            fast = self.fast(labels, seed=5, **sampling)
+        assert compile_counters["stats"]["unique_graphs"] == before
+        assert len(got) == len(want)
+        if plan.is_dense:
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)) and torch.equal(fast, image)
+        torch.testing.assert_close(got, want, **TOLERANCE)
+        torch.testing.assert_close(fast, image, **TOLERANCE)
+        return got
+
+
+@pytest.fixture(scope="module")
+def pair(make_var: Callable[..., VAR]) -> Iterator[Pair]:
+    """Three layers with shared AdaLN, five scales of 1, 4, 9, 16 and 36 tokens."""
+    torch.compiler.reset()
+    dispatch.reset()
+    yield Pair(make_var(), (ONE, THREE))
+    torch.compiler.reset()
+
+
+@pytest.fixture(autouse=True)
+def _fresh_counters() -> None:
+    counters.reset()
+
+
+def _prune(keep: int) -> LayerAction:
+    return LayerAction("prune", keep)
+
+
+def _plan(model: VAR, late: dict[int, tuple[LayerAction, ...]], **fields: Any) -> Plan:
+    """All dense, but for the scales in `late`."""
+    depth = len(model.blocks)
+    rows = tuple(ScalePlan(layers=late.get(s, (DENSE,) * depth)) for s in range(len(model.schedule)))
+    return Plan(model.schedule, depth, rows, **fields)
+
+
+MIXED = {3: (_prune(6), SKIP, DENSE), 4: (_prune(9), _prune(20), SKIP)}
+
+ACTIONS: dict[str, dict[int, tuple[LayerAction, ...]]] = {
+    "dense": {},
+    "one layer pruned": {4: (DENSE, _prune(12), DENSE)},
+    "all layers pruned": {4: (_prune(12), _prune(12), _prune(12))},
+    "one token and all but one": {3: (_prune(1), _prune(15), DENSE), 4: (_prune(35), _prune(1), _prune(1))},
+    "pruned at three scales": {2: (_prune(4),) * 3, 3: (_prune(8),) * 3, 4: (_prune(20),) * 3},
+    "one layer skipped": {4: (DENSE, SKIP, DENSE)},
+    "all layers skipped": {4: (SKIP, SKIP, SKIP)},
+    "skipped, then pruned": {2: (SKIP, DENSE, SKIP), 3: (_prune(5), SKIP, SKIP), 4: (DENSE, _prune(7), _prune(9))},
+    "mixed": MIXED,
+}
+
+
+@pytest.mark.parametrize("labels", [ONE, THREE], ids=["one", "three"])
+@pytest.mark.parametrize("name", ACTIONS)
+def test_actions(pair: Pair, name: str, labels: Tensor) -> None:
+    plan = _plan(pair.model, ACTIONS[name])
+    logits = pair.check(plan, labels)
+    dense = pair.check(Plan.dense(pair.model.schedule, 3), labels)
+    differ = [s for s, (a, b) in enumerate(zip(logits, dense, strict=True)) if (a - b).abs().max() > 1e-3]
+    assert differ == list(range(min(ACTIONS[name], default=5), 5))
+    assert not {e: n for e, n in counters.snapshot().items() if not e.startswith("compiled")}
+
+
+@pytest.mark.parametrize("labels", [ONE, THREE], ids=["one", "three"])
+@pytest.mark.parametrize("restore", ["cached", "identity"])
+@pytest.mark.parametrize("direction", ["low_entropy", "high_entropy"])
+@pytest.mark.parametrize("selection", ["topk", "gumbel"])
+def test_kinds_of_pruning(pair: Pair, labels: Tensor, restore: Any, direction: Any, selection: Any) -> None:
+    pair.check(_plan(pair.model, MIXED, restore=restore, direction=direction, selection=selection, seed=3), labels)
+
+
+def test_kinds_of_pruning_differ(pair: Pair) -> None:
+    last = [
+        pair.check(_plan(pair.model, MIXED, **fields), ONE)[-1]
+        for fields in ({}, {"restore": "identity"}, {"direction": "high_entropy"}, {"selection": "gumbel"})
+    ]
+    assert all(not torch.equal(a, b) for i, a in enumerate(last) for b in last[:i])
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"region_share": 0.5},
+        {"selection": "gumbel", "alpha_min": 0.1, "alpha_max": 0.8, "layer_scores": (0.2, 0.9, 0.4)},
+        {"selection": "gumbel", "normalisation": "literal", "seed": 8},
+    ],
+)
+def test_fields_of_a_plan_reach_the_selection(pair: Pair, fields: dict[str, Any]) -> None:
+    fields_of_default = {"selection": fields.get("selection", "topk")}
+    changed = pair.check(_plan(pair.model, MIXED, **fields), THREE)
+    assert not torch.equal(changed[-1], pair.check(_plan(pair.model, MIXED, **fields_of_default), THREE)[-1])
+
+
+@pytest.mark.parametrize(
+    "sampling", [{"cfg": 0.0}, {"cfg": 4.0}, {"top_k": 5}, {"top_p": 0.7}, {"more_smooth": True}], ids=str
+)
+def test_sampling(pair: Pair, sampling: dict[str, Any]) -> None:
+    pair.check(_plan(pair.model, MIXED), THREE, **sampling)
+
+
+@pytest.mark.parametrize("exit_scale", [1, 3, 4])
+def test_exit(pair: Pair, exit_scale: int) -> None:
+    plan = Plan.keep_share(pair.model.schedule, 3, 0.5, 3, bucket=2, exit_scale=exit_scale)
+    assert len(pair.check(plan, THREE)) == exit_scale
+
+
+def test_skip_before_any_dense_scale(pair: Pair) -> None:
+    early = {s: (DENSE, SKIP, DENSE) for s in (0, 1)}
+    pair.check(_plan(pair.model, early, restore="identity"), ONE)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_plans(pair: Pair, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(s: int) -> LayerAction:
+        kind, n = int(torch.randint(3, (), generator=generator)), pair.model.schedule.tokens[s]
+        return (DENSE, SKIP, _prune(1 + int(torch.randint(n - 1, (), generator=generator))))[kind]
+
+    late = {s: tuple(draw(s) for _ in range(3)) for s in range(1, 5)}
+    pair.check(_plan(pair.model, late, region_share=0.25 * (seed % 2)), (ONE, THREE)[seed % 2])
+
+
+def test_plans_take_turns(pair: Pair) -> None:
+    mixed, dense = _plan(pair.model, MIXED), Plan.dense(pair.model.schedule, 3)
+    runs = [pair.check(plan, labels)[-1] for plan in (mixed, dense, mixed) for labels in (ONE, THREE)]
+    assert torch.equal(runs[0], runs[4]) and torch.equal(runs[1], runs[5])
+
+
+def test_own_modulation_of_each_layer(make_var: Callable[..., VAR]) -> None:
+    torch.compiler.reset()
+    own = Pair(make_var(depth=2, shared_aln=False), (THREE,))
+    late = {3: (_prune(6), SKIP), 4: (_prune(9), _prune(20))}
+    for restore in ("cached", "identity"):
+        own.check(_plan(own.model, late, restore=restore), THREE)
+    torch.compiler.reset()
+
+
+def test_entropy_and_deltas_are_kept_only_where_they_are_read(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[StepState] = []
+    original = StepState.__init__
+
+    def init(self: StepState, *args: Any) -> None:
+        original(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(StepState, "__init__", init)
+    pair.check(_plan(pair.model, {4: (DENSE, _prune(12), DENSE)}), ONE)
+    (state,) = made
+    assert [layer.entropy is not None for layer in state.layers] == [False, True, False]
+    assert [layer.delta is not None for layer in state.layers] == [False, True, False]
+    assert [layer.lengths for layer in state.layers] == [[66], [42], [66]]
+
+
+# guards
+
+
+def test_tokens_that_are_not_the_schedules_run_dense(pair: Pair) -> None:
+    model = pair.model
+    model.plan = _plan(model, {s: (_prune(1),) * 3 for s in range(1, 5)})
+    x, cond, mod, _ = model._begin(ONE, 0)
+    with torch.no_grad():
+        _, keys, values = model.step(x, cond, mod, [], [])
+        want = model.step(x.expand(-1, 4, -1).contiguous(), cond, mod, keys, values)[0]
+        with generation(ScaleSchedule.from_patch_nums((1, 3, 3, 4, 6)), model.fingerprint) as session:
+            session.plan = session.store["plan"] = dataclasses.replace(model.plan, schedule=session.schedule)
+            for s in session.scales():
+                tokens = x if s == 0 else x.expand(-1, 4, -1).contiguous()
+                logits, keys, values = pair.fast.step(
+                    tokens, cond, mod, [] if s == 0 else keys, [] if s == 0 else values
+                )
+                if s == 1:
+                    break
+    assert torch.equal(logits, want)
+    assert counters.snapshot()["guard_miss: 4 tokens at scale 1 are not what the schedule says; run dense"] == 1
+
+
+def test_covers() -> None:
+    n, k = sympy.symbols("n k", integer=True)
+    relations = (sympy.Ge(n, 2), sympy.Ne(sympy.Mod(n, 8), 0))
+    assert covers(relations, {"n": 9}) and covers((), {"n": 1})
+    assert not covers(relations, {"n": 16}) and not covers(relations, {"n": 1})
+    assert not covers((sympy.Ge(n, k),), {"n": 9}), "what stays open is not covered"
+
+
+def _square() -> GraphModule:
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.output((graph.call_function(torch.ops.aten.mul.Tensor, (x, x)),))
+    return GraphModule(nn.Module(), graph)
+
+
+def test_a_unit_compiles_once_for_the_sizes_that_its_guards_cover(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def compile_graph(gm: GraphModule, args: Sequence[Any], dims: Any, inner: str, hints: Any) -> Compiled:
+        made.append(args[0].shape[0])
+        n = sympy.Symbol("n", integer=True)
+        return Compiled(gm.forward, (sympy.Ge(n, 4) if args[0].shape[0] >= 4 else sympy.Lt(n, 4),), 0.0)
+
+    monkeypatch.setattr(dispatch, "compile_graph", compile_graph)
+    gm = _square()
+    unit = Unit(gm, "eager", {})
+    for n in (4, 9, 4, 2, 3, 9):
+        assert torch.equal(unit.run("square", gm, [{0: "n"}], [torch.full((n,), 3.0)])[0], torch.full((n,), 9.0))
+    assert made == [4, 2]
+    assert [v.hits for v in unit.variants] == [4, 2]
+    assert counters.snapshot() == {"compiled: square": 2, "variant_guard_miss: square at {'n': 2}": 1}
+    assert unit.lines() == [
+        "square: 4 runs, compiled in 0.0 s, guards n >= 4",
+        "square: 2 runs, compiled in 0.0 s, guards n < 4",
+    ]
+
+
+def test_sizes_of_one_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[Any] = []
+
+    def compile_graph(gm: GraphModule, args: Sequence[Any], dims: Any, inner: str, hints: Any) -> Compiled:
+        opened.append(dims)
+        return Compiled(gm.forward, (), 0.0)
+
+    monkeypatch.setattr(dispatch, "compile_graph", compile_graph)
+    gm = _square()
+    Unit(gm, "eager", {}).run("square", gm, [{0: "batch", 1: "n"}], [torch.ones(3, 1)])
+    assert opened == [[{0: "batch"}]]
+
+
+def test_open_dimensions_of_a_product() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    mode = FakeTensorMode(shape_env=ShapeEnv())
+    gm = _square()
+    x = next(iter(gm.graph.nodes))
+    value = mode.from_tensor(torch.empty(5, 7))
+    with mode:
+        x.meta["val"] = value
+        assert open_dimensions(gm, {}) == [{d: str(value.shape[d]) for d in (0, 1)}]
+        x.meta["val"] = torch.empty(value.shape[0] * 2, 7)
+    with pytest.raises(UnsupportedGraphError, match="an input has the size 2"):
+        open_dimensions(gm, {})
+
+
+# state
+
+
+def test_a_plan_of_another_depth(make_var: Callable[..., VAR]) -> None:
+    model = make_var()
+    plan = Plan.dense(model.schedule, 4)
+    with (
+        generation(model.schedule, model.fingerprint),
+        pytest.raises(PlanError, match="the plan has 4 layers, the captured step has 3"),
+    ):
+        state_of(plan, 3)
+
+
+def test_state_lives_as_long_as_its_session(make_var: Callable[..., VAR]) -> None:
+    model = make_var()
+    with generation(model.schedule, model.fingerprint):
+        state = state_of(None, 3)
+        assert state_of(None, 3) is state
+    with generation(model.schedule, model.fingerprint):
+        assert state_of(None, 3) is not state
+    assert state_of(None, 3) is not state_of(None, 3), "without a session, of one step"
+
+
+def test_saved_state_comes_back() -> None:
+    state = StepState(None, None, 2)
+    state.layers[0].lengths = [3]
+    saved = state.save()
+    state.layers[0].lengths[0] = 9
+    state.layers[1].lengths.append(4)
+    state.restore(saved)
+    assert [layer.lengths for layer in state.layers] == [[3], []]
