@@ -358,7 +358,9 @@ def _fae_cpu(
     if q.numel() == 0 or k.numel() == 0:  # PyTorch's CPU kernel divides by the number of keys
         return _nothing_to_attend(q, entropy)
     if not entropy:
-        return _token_major(_plain_attention(q, k, v, bias, scale)), _no_entropy(q)
+        found = fae_cpu.attend(q, k, v, bias, scale) if fae_cpu.beats_plain(q) else None
+        out = found[0] if found else _token_major(_plain_attention(q, k, v, bias, scale))
+        return out, _no_entropy(q)
     if found := fae_cpu.attend(q, k, v, bias, scale):
         return found
     if bias is not None and bias.dtype != torch.bool:

@@ -335,6 +335,8 @@ class StepProgram:
     def __call__(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
         """Run one scale. `plan` None runs every layer dense."""
         ran(self.report)
+        if state.session is not None:
+            state.session.ran = state.session.scale
         x = args[self.moving[0]] if self.moving else None
         if x is None or not x.is_cuda or state.session is None or not self._graphable(plan):
             return self._run(args, plan, state)

@@ -12,15 +12,23 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from toprovar_compile.report import counters, logger
+
 if TYPE_CHECKING:
     from toprovar_compile.plan import Plan
     from toprovar_compile.schedule import ScaleSchedule
+
+_NOT_COMPILED = (
+    "a scale ran outside the compiled steps and without its plan: Dynamo compiles no further form of the step; "
+    "raise the limit with torch.compile(..., recompile_limit=64)"
+)
 
 
 @dataclass
 class Session:
     """One generation. `scale` is the scale in progress; `plan` is bound by the first compiled step, None in eager mode.
 
+    `ran` is the latest scale that a compiled step has run, None before the first.
     `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
     the generation ends, however it ends.
     """
@@ -29,6 +37,7 @@ class Session:
     fingerprint: Callable[[], str]
     known_plan: Plan | None = None
     scale: int = -1
+    ran: int | None = None
     plan: Plan | None = None
     store: dict[str, Any] = field(default_factory=dict)
     on_close: list[Callable[[], None]] = field(default_factory=list)
@@ -40,6 +49,9 @@ class Session:
                 return
             self.scale = s
             yield s
+            if self.ran not in (None, s):
+                counters.add("fallback", _NOT_COMPILED)
+                logger.warning(_NOT_COMPILED)
 
 
 _current: ContextVar[Session | None] = ContextVar("toprovar_session", default=None)
