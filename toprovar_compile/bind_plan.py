@@ -84,6 +84,8 @@ class PlanBinder:
 def _with_thresholds(plan: Plan, options: Options) -> Plan:
     """The plan under the options' thresholds and overrides."""
     chosen = options.thresholds()
+    if not chosen:
+        return plan
     if set(chosen) <= set(_OF_PLAN):
         return replace(plan, **chosen)
     statistics = plan.provenance.get("statistics")

@@ -42,7 +42,8 @@ class Dump:
     def graph(self, name: str, gm: GraphModule) -> None:
         """A graph as readable Python."""
         if self.folder is not None:
-            self._write(f"{name}.py", gm.print_readable(print_output=False, include_stride=True))
+            text = gm.print_readable(print_output=False, include_stride=True)
+            self._write(f"{name}.py", text.replace("class <lambda>(", f"class {name}("))  # AOT's name is no Python
 
     def program(self, program: StepProgram) -> None:
         """The pieces of a split step, each class of layers once."""
