@@ -7,7 +7,7 @@ residual stream; of each class of layers the cache is rewritten and the token ax
 from __future__ import annotations
 
 from toprovar_compile.passes._base import Pass, PassContext, PassReport, run_passes
-from toprovar_compile.passes._graph import output_values, placeholders
+from toprovar_compile.passes._graph import copy_graph, output_values, placeholders
 from toprovar_compile.passes._symbols import shape_of, symbols_of
 from toprovar_compile.passes.drop_unread_entropy import check_drop_unread_entropy, drop_unread_entropy, read_entropy
 from toprovar_compile.passes.prove_token_axis import TokenProof, prove_token_axis
@@ -38,6 +38,7 @@ __all__ = [
     "TokenProof",
     "check_split_layers",
     "check_write_kv_cache",
+    "copy_graph",
     "graph_key",
     "output_values",
     "placeholders",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Graph, GraphModule, Node
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
@@ -28,6 +28,13 @@ def add_inputs(gm: GraphModule, names: Sequence[str]) -> list[Node]:
         with before:
             added.append(gm.graph.placeholder(name))
     return added
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A copy of the graph on the same module, to be rewritten without touching `gm`."""
+    graph = Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    return GraphModule(gm, graph)
 
 
 def cat_operands(node: object) -> tuple[Node, Node] | None:

@@ -16,7 +16,7 @@ from toprovar_compile.errors import UnsupportedGraphError
 from toprovar_compile.inductor import compile_plain
 from toprovar_compile.kernels import fae
 from toprovar_compile.options import Options
-from toprovar_compile.passes import DYNAMO_PASSES, PassContext, check_split_layers, run_passes, split_layers
+from toprovar_compile.passes import DYNAMO_PASSES, PassContext, check_split_layers, copy_graph, run_passes, split_layers
 from toprovar_compile.report import GraphReport, counters, logger, ran
 from toprovar_compile.session import current_session
 
@@ -33,7 +33,7 @@ def toprovar(
         counters.add("ignored", f"mode={mode!r}: it is a mode of Inductor; see docs/options.md")
     if torch.is_grad_enabled():
         return _plain(gm, example_inputs, opts, "gradients are enabled, and a plan is for generation", loud=True)
-    step = GraphModule(gm, _copy_of(gm))
+    step = copy_graph(gm)
     passes = run_passes(step, DYNAMO_PASSES, PassContext())
     if not any(n.target is fae for n in step.graph.nodes):
         return _plain(gm, example_inputs, opts, "the graph has no attention: it is no step of a scale")
@@ -92,9 +92,3 @@ def _plain(
         return call(*args)
 
     return run
-
-
-def _copy_of(gm: GraphModule) -> torch.fx.Graph:
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return graph

@@ -26,6 +26,7 @@ from toprovar_compile.passes import (
     SplitStep,
     TokenProof,
     check_write_kv_cache,
+    copy_graph,
     graph_key,
     output_values,
     placeholders,
@@ -158,7 +159,7 @@ class LayerClass(Unit):
 
     def _variant(self, name: str, measured: bool, cached: bool | None) -> tuple[GraphModule, list[dict[int, str]]]:
         if name not in self._graphs:
-            graph = read_entropy(self.graph) if measured else GraphModule(self.graph, _copy(self.graph))
+            graph = read_entropy(self.graph) if measured else copy_graph(self.graph)
             run_passes(graph, PASSES_OF_A_VARIANT, PassContext())
             dims = self.open_dims
             if cached is not None:
@@ -168,12 +169,6 @@ class LayerClass(Unit):
                 dims = [*lead, *dims[1:]]
             self._graphs[name] = (graph, dims)
         return self._graphs[name]
-
-
-def _copy(gm: GraphModule) -> torch.fx.Graph:
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
-    return graph
 
 
 _classes: dict[tuple[str, Inner], LayerClass] = {}
@@ -218,7 +213,8 @@ class StepState:
         self.deltas = plan.keeps_delta() if plan else frozenset()
         self.layers = [LayerState() for _ in range(count)]
         self.prologues: dict[int, _Prologue] = {}
-        key = (count, plan.digest() if plan else None, session.schedule if session else None)
+        self.digest = plan.digest() if plan else None
+        key = (count, self.digest, session.schedule if session else None)
         self.lane = lanes.take(key) if session is not None else Lane()
         if session is not None:
             session.on_close.append(lambda: lanes.give(key, self.lane))
@@ -390,7 +386,7 @@ class StepProgram:
         if not 0 <= s < len(plan.schedule) or plan.schedule.tokens[s] != x.shape[1]:
             counters.add("guard_miss", f"{x.shape[1]} tokens at scale {s} are not what the schedule says; run dense")
             return -1, dense
-        guard = f"{sympy.Eq(n, plan.schedule.tokens[s], evaluate=False)} & plan {plan.digest()}"
+        guard = f"{sympy.Eq(n, plan.schedule.tokens[s], evaluate=False)} & plan {state.digest}"
         self.guard_hits[guard] = self.guard_hits.get(guard, 0) + 1
         actions = [plan.action(s, i) for i in range(len(self.layers))]
         for i, (action, bound) in enumerate(zip(actions, self.layers, strict=True)):
