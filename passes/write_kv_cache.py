@@ -5,9 +5,10 @@
 
 Concatenation copies the whole cache at every scale. The buffers and `start`, the number of tokens in them, are new
 inputs at the end. At the first scale, without a cache, `fae(q, k, v)` with k and v returned is the same with start = 0.
+A cast of the grown cache to the dtype of q, as autocast puts it before attention, is left to the kernel.
 
 Pre:  a layer graph of `split_layers` whose attention is `toprovar::fae`.
-Post: no attention reads a concatenation that is returned as well.
+Post: no attention that could write into a buffer reads a concatenation that is returned as well.
 Invariant: the first output, inputs that stay and their order.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -75,7 +77,8 @@ def write_kv_cache(gm: GraphModule) -> CacheRewrite:
     out = next(n for n in gm.graph.nodes if n.op == "output")
     out.args = (tuple(v for i, v in enumerate(outputs) if i not in drop_out),)
     for i, (site, node) in enumerate(zip(sites, old, strict=True)):
-        q, k, v, bias, scale, entropy = node.args
+        q, bias, scale, entropy = node.args[0], *node.args[3:]
+        k, v = (_uncast(a, node) for a in node.args[1:3])
         if site.prior is not None:
             k, v = cat_operands(k)[1], cat_operands(v)[1]  # type: ignore[index]
             for prior in site.prior:
@@ -97,16 +100,16 @@ def write_kv_cache(gm: GraphModule) -> CacheRewrite:
 
 
 def check_write_kv_cache(gm: GraphModule) -> None:
-    """Raise PassInvariantError if an attention still reads a concatenation that the layer returns."""
-    outputs = output_values(gm)
+    """Raise PassInvariantError if an attention that could write into a buffer still reads a grown cache."""
+    inputs, outputs = placeholders(gm), output_values(gm)
     for n in gm.graph.nodes:
-        if n.target is fae and any(isinstance(a, Node) and cat_operands(a) and a in outputs for a in n.args[1:3]):
+        if n.target is fae and isinstance(_match_growth(n, inputs, outputs), CacheSite):
             raise PassInvariantError(f"{n.name} reads a grown cache that is returned", where="write_kv_cache")
 
 
 def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheSite | SkipReason:
-    k, v, bias = node.args[1], node.args[2], node.args[3]
-    assert isinstance(k, Node) and isinstance(v, Node)
+    k, v = (_uncast(a, node) for a in node.args[1:3])
+    bias = node.args[3]
     tokens = shape_of(node.args[0].meta["val"])[2]  # type: ignore[union-attr]
     if k not in outputs or v not in outputs:
         return SkipReason.NOT_RETURNED
@@ -117,7 +120,7 @@ def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheS
         if operands is None or operands[0] not in inputs:
             priors.append(None)
             continue
-        if any(u is not node and u.op != "output" for u in side.users):
+        if any(u is not node and u.op != "output" and not _is_cast_for(u, node) for u in side.users):
             return SkipReason.OTHER_READER
         if any(u is not side and not _is_length(u) for u in operands[0].users) or operands[0] in outputs:
             return SkipReason.OTHER_READER
@@ -133,6 +136,25 @@ def _match_growth(node: Node, inputs: list[Node], outputs: list[Node]) -> CacheS
             return SkipReason.OTHER_TOKENS
         return CacheSite(None, grown)
     return CacheSite((priors[0], priors[1]), grown)
+
+
+def _uncast(value: Any, attention: Node) -> Node:
+    """Keys or values of `attention` as they were before a cast to the dtype of q, which the kernel does as well."""
+    assert isinstance(value, Node)
+    source = value.args[0] if _is_cast_for(value, attention) else value
+    assert isinstance(source, Node)
+    return source
+
+
+def _is_cast_for(value: Node, attention: Node) -> bool:
+    query = attention.args[0]
+    return (
+        value.target is torch.ops.aten._to_copy.default
+        and set(value.kwargs) == {"dtype"}
+        and set(value.users) == {attention}
+        and isinstance(query, Node)
+        and value.kwargs["dtype"] == query.meta["val"].dtype
+    )
 
 
 def _is_length(node: Node) -> bool:

@@ -70,6 +70,24 @@ def test_later_scales(trace: Trace) -> None:
     assert k_buffer[:, :, P + N :].isnan().all()
 
 
+def test_keys_kept_in_a_wider_dtype_than_attention_reads(trace: Trace) -> None:
+    def layer(x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        k = torch.cat((k, x.float() * 2), 2)
+        v = torch.cat((v, x * 3), 2)
+        return x + _attend(x, k.bfloat16(), v), k, v
+
+    gm = trace(layer, (X.bfloat16(), K_OLD, V_OLD.bfloat16()), (N, P))
+    want, k_want, v_want = gm(X.bfloat16(), K_OLD, V_OLD.bfloat16())
+    done = write_kv_cache(gm)
+    check_write_kv_cache(gm)
+    assert done.sites == (CacheSite(prior=(1, 2), grown=(1, 2)),)
+    k_buffer, v_buffer = _buffers()[0], _buffers()[1].bfloat16()
+    k_buffer[:, :, :P], v_buffer[:, :, :P] = K_OLD, V_OLD
+    (got,) = gm(X.bfloat16(), k_buffer, v_buffer, P)
+    torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
+    assert torch.equal(k_buffer[:, :, : P + N], k_want) and torch.equal(v_buffer[:, :, : P + N], v_want)
+
+
 def test_first_scale(trace: Trace) -> None:
     gm = trace(_first, (X,), (N,))
     want, k_want, v_want = gm(X)

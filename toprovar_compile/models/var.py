@@ -107,6 +107,7 @@ class SelfAttention(nn.Module):
         if self.l2_norm:
             q = F.normalize(q, dim=-1) * self.scale_mul_1H11.clamp_max(_MAX_LOG_SCALE).exp()
             k = F.normalize(k, dim=-1)
+            q, k = q.to(v.dtype), k.to(v.dtype)  # autocast leaves both in float32: twice the memory for the cache
         if k_cache is not None and v_cache is not None:
             k, v = torch.cat((k_cache, k), dim=2), torch.cat((v_cache, v), dim=2)
         if scales:  # block-causal without a mask: every scale is one plain attention call
