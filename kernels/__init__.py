@@ -5,6 +5,7 @@ Importing this package registers the operators; it needs only torch.
 
 from __future__ import annotations
 
-from toprovar_compile.kernels.fae import fae, fae_cached, fae_reference
+from toprovar_compile.kernels.fae import fae, fae_cached, fae_reference, fae_varlen
+from toprovar_compile.kernels.singular_values import top_singular_values
 
-__all__ = ["fae", "fae_cached", "fae_reference"]
+__all__ = ["fae", "fae_cached", "fae_reference", "fae_varlen", "top_singular_values"]

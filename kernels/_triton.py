@@ -51,12 +51,17 @@ class _Triton:
         return 1 << (n - 1).bit_length()
 
 
+class _NeverRaised(Exception):
+    """Stand-in for what Triton raises where a kernel does not build or does not fit the device."""
+
+
 try:
     _triton: Any = import_module("triton")
     _tl: Any = import_module("triton.language")
+    TritonError: type[Exception] = import_module("triton.errors").TritonError
     HAS_TRITON = True
 except ImportError:
-    _triton, _tl, HAS_TRITON = _Triton(), _Language(), False
+    _triton, _tl, TritonError, HAS_TRITON = _Triton(), _Language(), _NeverRaised, False
 triton, tl = _triton, _tl
 
-__all__ = ["HAS_TRITON", "tl", "triton"]
+__all__ = ["HAS_TRITON", "TritonError", "tl", "triton"]

@@ -13,8 +13,9 @@ is a few float32 roundings of the largest score in the row, below 1e-4 nats for 
 inputs is not counted. No form stores the n x m matrix.
 
 The kernels keep one more running sum than FlashAttention: with t = score - max and E = sum p t, entropy =
-ln(l) - E / l. CUDA has a Triton kernel, the CPU the C++ of fae_cpu.py. Where the latter cannot run, entropy =
-lse - scale * q . (a k): PyTorch's flash attention once more, with k in place of v.
+ln(l) - E / l. CUDA has a Triton kernel, and one of its own for compute capability 9.0 (fae_hopper.py), the CPU the
+C++ of fae_cpu.py. Where the latter cannot run, entropy = lse - scale * q . (a k): PyTorch's flash attention once more,
+with k in place of v.
 """
 
 # Triton infers the types of a kernel's arguments; annotations other than constexpr would change what it compiles.
@@ -25,17 +26,20 @@ from __future__ import annotations
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from itertools import pairwise
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from toprovar_compile.errors import CacheOverflowError, MissingTritonError, OptionError
-from toprovar_compile.kernels import fae_cpu
+from toprovar_compile.kernels import fae_cpu, plain_attention
 from toprovar_compile.kernels._triton import HAS_TRITON, tl, triton
+from toprovar_compile.report import logger
 
-_LN2 = math.log(2.0)
-_LOG2E = 1.0 / _LN2
 _MAX_HEAD_DIM = 256
 _ROW_BUDGET = 1 << 18  # scores alive at once where the CPU form has to write them: 1 MiB, what an L2 cache holds
 
@@ -93,9 +97,9 @@ _SM86 = {
     (2, 128, False): Config(64, 64, 4, 2),
     (2, 256, False): Config(64, 32, 8, 2),
 }
-_SM90 = {
-    (2, 64, False): Config(128, 128, 8, 3),
-    (2, 128, False): Config(128, 128, 8, 2),
+_SM90 = {  # only where the kernel of fae_hopper.py does not serve
+    (2, 64, False): Config(128, 64, 8, 3),
+    (2, 128, False): Config(128, 128, 8, 3),
     (2, 256, False): Config(64, 32, 8, 2),
 }
 CONFIGS: dict[tuple[int, int], dict[tuple[int, int, bool], Config]] = {
@@ -121,10 +125,10 @@ def pick_config(capability: tuple[int, int], itemsize: int, block_d: int, biased
 
 
 @triton.jit
-def _fae_rows(s, row_max, row_sum, row_ent, MASKED: tl.constexpr):
-    """Fold a tile of scores [BM, BN], log-2 domain, into the running statistics [BM]: (p, rescale, max, sum, E)."""
-    new_max = tl.maximum(row_max, tl.max(s, 1))
-    t = s - new_max[:, None]
+def _fae_rows(s, scale_log2, row_max, row_sum, row_ent, MASKED: tl.constexpr):
+    """Fold a tile of scores [BM, BN] into the running statistics [BM], log-2 domain: (p, rescale, max, sum, E)."""
+    new_max = tl.maximum(row_max, tl.max(s, 1) * scale_log2)
+    t = s * scale_log2 - new_max[:, None]
     if MASKED:
         t = tl.where(t < -1.0e4, -1.0e4, t)  # p is 0 either way, and 0 * -inf would be nan
     p = tl.math.exp2(t)
@@ -135,10 +139,10 @@ def _fae_rows(s, row_max, row_sum, row_ent, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _fae_bias(s, bias_ptrs, ok, BIAS: tl.constexpr):
-    """Scores [BM, BN] with the additive (1) or boolean (2) bias applied where `ok`."""
+def _fae_bias(s, unit, bias_ptrs, ok, BIAS: tl.constexpr):
+    """Scores [BM, BN] before scaling, with the additive (1, in units of `unit`) or boolean (2) bias where `ok`."""
     if BIAS == 1:
-        s += tl.load(bias_ptrs, mask=ok, other=0.0).to(tl.float32) * 1.4426950408889634
+        s += tl.load(bias_ptrs, mask=ok, other=0.0).to(tl.float32) * unit
     if BIAS == 2:
         s = tl.where(tl.load(bias_ptrs, mask=ok, other=0) != 0, s, float("-inf"))
     return s
@@ -151,6 +155,7 @@ def _fae_kernel(
     k_ptr,
     v_ptr,
     bias_ptr,
+    lens_ptr,
     out_ptr,
     ent_ptr,
     qsb,
@@ -172,12 +177,13 @@ def _fae_kernel(
     num_heads,
     n,
     m,
-    scale_log2,
+    scale,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     BD: tl.constexpr,
     BIAS: tl.constexpr,  # 0 none, 1 additive, 2 boolean
+    PACKED: tl.constexpr,  # keys of all samples in one row of tokens, sample b from lens[b] to lens[b + 1]
     PRECISION: tl.constexpr,
 ):
     tiles = tl.cdiv(n, BM)
@@ -191,6 +197,11 @@ def _fae_kernel(
     cols = tl.arange(0, BN).to(tl.int64)
     dims = tl.arange(0, BD).to(tl.int64)
     dim_ok = dims < D
+    if PACKED:
+        first = tl.load(lens_ptr + b).to(tl.int64)
+        m = (tl.load(lens_ptr + b + 1) - first).to(tl.int32)
+        k_ptr += first * ksm
+        v_ptr += first * vsm
 
     q_ptrs = q_ptr + b * qsb + h * qsh + rows[:, None] * qsn + dims[None, :] * qsd
     q = tl.load(q_ptrs, mask=row_ok[:, None] & dim_ok[None, :], other=0.0)  # [BM, BD]
@@ -203,6 +214,8 @@ def _fae_kernel(
     row_ent = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BD], tl.float32)
 
+    scale_log2 = scale * 1.4426950408889634
+    unit = 1.0 / scale
     wide = tl.cast(BN, tl.int64)
     full = (m // BN) * BN
     for _ in range(0, full, BN):
@@ -212,9 +225,9 @@ def _fae_kernel(
         else:
             k = tl.load(k_ptrs, mask=dim_ok[:, None], other=0.0)
             v = tl.load(v_ptrs, mask=dim_ok[None, :], other=0.0)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale_log2  # [BM, BN]
-        s = _fae_bias(s, bias_row[:, None] + cols[None, :] * bsm, row_ok[:, None], BIAS)
-        p, alpha, row_max, row_sum, row_ent = _fae_rows(s, row_max, row_sum, row_ent, BIAS != 0)
+        s = tl.dot(q, k, input_precision=PRECISION)  # [BM, BN]
+        s = _fae_bias(s, unit, bias_row[:, None] + cols[None, :] * bsm, row_ok[:, None], BIAS)
+        p, alpha, row_max, row_sum, row_ent = _fae_rows(s, scale_log2, row_max, row_sum, row_ent, BIAS != 0)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
         k_ptrs += wide * ksm
         v_ptrs += wide * vsm
@@ -224,10 +237,10 @@ def _fae_kernel(
         col_ok = cols < m - full
         k = tl.load(k_ptrs, mask=dim_ok[:, None] & col_ok[None, :], other=0.0)
         v = tl.load(v_ptrs, mask=dim_ok[None, :] & col_ok[:, None], other=0.0)
-        s = tl.dot(q, k, input_precision=PRECISION) * scale_log2
-        s = _fae_bias(s, bias_row[:, None] + cols[None, :] * bsm, row_ok[:, None] & col_ok[None, :], BIAS)
+        s = tl.dot(q, k, input_precision=PRECISION)
+        s = _fae_bias(s, unit, bias_row[:, None] + cols[None, :] * bsm, row_ok[:, None] & col_ok[None, :], BIAS)
         s = tl.where(col_ok[None, :], s, float("-inf"))
-        p, alpha, row_max, row_sum, row_ent = _fae_rows(s, row_max, row_sum, row_ent, True)
+        p, alpha, row_max, row_sum, row_ent = _fae_rows(s, scale_log2, row_max, row_sum, row_ent, True)
         acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
 
     some = row_sum != 0  # also true of nan
@@ -239,16 +252,26 @@ def _fae_kernel(
     tl.store(out_ptrs, out, mask=row_ok[:, None] & dim_ok[None, :])
 
 
-def _launch_fae(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Run the Triton kernel: (out, entropy)."""
+def _launch_fae(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, lens: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Run the Triton kernel: (out, entropy). With `lens` k and v are (1, H, total, D), as `fae_varlen` has them."""
     b, h, n, d = q.shape
     m = k.shape[2]
+    if lens is not None:
+        k, v = k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1)
+    if scale <= 0.0:  # the kernels take maxima before they scale
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     out = _empty_out(q)
     entropy = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
+    bias = bias if bias is None else bias.expand(b, h, n, m)
+    hopper = _hopper_kernel(q.device) if lens is None else None
+    if hopper is not None and hopper.fits(q, k, v, bias, scale):
+        hopper.launch(q, k, v, bias, out, scale, entropy)
+        return out, entropy.mean(1)
     kind, mask = 0, q.new_empty(()).expand(b, h, n, m)  # not read
     if bias is not None:
         kind, mask = (2, bias.view(torch.uint8)) if bias.dtype == torch.bool else (1, bias)
-        mask = mask.expand(b, h, n, m)
     block_d = max(16, triton.next_power_of_2(d))
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)  # CPU: Triton's interpreter
     cfg = pick_config(capability, q.element_size(), block_d, kind != 0, n)
@@ -258,6 +281,7 @@ def _launch_fae(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
             k,
             v,
             mask,
+            entropy if lens is None else lens,
             out,
             entropy,
             *q.stride(),
@@ -267,17 +291,101 @@ def _launch_fae(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: flo
             h,
             n,
             m,
-            scale * _LOG2E,
+            scale,
             D=d,
             BM=cfg.block_m,
             BN=cfg.block_n,
             BD=block_d,
             BIAS=kind,
+            PACKED=lens is not None,
             PRECISION="tf32x3" if q.dtype == torch.float32 else "tf32",
             num_warps=cfg.num_warps,
             num_stages=cfg.num_stages,
         )
     return out, entropy.mean(1)
+
+
+@triton.jit(do_not_specialize=["num_heads", "n", "start"])
+def _append_kernel(
+    k_ptr,
+    v_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    ksb,
+    ksh,
+    ksn,
+    vsb,
+    vsh,
+    vsn,
+    kcb,
+    kch,
+    kcn,
+    vcb,
+    vch,
+    vcn,
+    num_heads,
+    n,
+    start,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BD: tl.constexpr,
+):
+    """Rows `start` to `start` + n of both caches; the last dimension of all is contiguous."""
+    tiles = tl.cdiv(n, ROWS)
+    pid = tl.program_id(0)
+    b = (pid // tiles // num_heads).to(tl.int64)
+    h = (pid // tiles % num_heads).to(tl.int64)
+    rows = ((pid % tiles) * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    dims = tl.arange(0, BD)[None, :]
+    ok = (rows < n) & (dims < D)
+    to = rows + start
+    k = tl.load(k_ptr + b * ksb + h * ksh + rows * ksn + dims, mask=ok)
+    v = tl.load(v_ptr + b * vsb + h * vsh + rows * vsn + dims, mask=ok)
+    tl.store(k_cache_ptr + b * kcb + h * kch + to * kcn + dims, k, mask=ok)
+    tl.store(v_cache_ptr + b * vcb + h * vch + to * vcn + dims, v, mask=ok)
+
+
+def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> None:
+    """Write k and v (B, H, n, D) into rows `start` to `start` + n of the caches."""
+    b, h, n, d = k.shape
+    in_rows = all(x.stride(3) == 1 for x in (k, v, k_cache, v_cache))
+    if not (k.is_cuda and HAS_TRITON and in_rows) or k.numel() == 0:
+        k_cache.narrow(2, start, n).copy_(k)
+        v_cache.narrow(2, start, n).copy_(v)
+        return
+    strides = [s for x in (k, v, k_cache, v_cache) for s in x.stride()[:3]]
+    block_d = triton.next_power_of_2(d)
+    rows = max(1, 4096 // block_d)
+    with torch.cuda.device(k.device):
+        _append_kernel[(triton.cdiv(n, rows) * b * h,)](
+            k, v, k_cache, v_cache, *strides, h, n, start, D=d, ROWS=rows, BD=block_d, num_warps=4
+        )
+
+
+@cache
+def _hopper_kernel(device: torch.device) -> ModuleType | None:
+    """The kernel for compute capability 9.0, None on other devices and where Triton lacks what it is written in."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return None
+    try:
+        return import_module("toprovar_compile.kernels.fae_hopper")
+    except (ImportError, AttributeError) as error:
+        logger.warning("attention with entropy takes the slower portable kernel: Triton lacks Gluon (%s)", error)
+        return None
+
+
+def _without_entropy(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    """Our kernel, its entropy left out: a candidate of `plain_attention`."""
+    hopper = _hopper_kernel(q.device)
+    bias = bias if bias is None else bias.expand(*q.shape[:3], k.shape[2])
+    if hopper is None or not hopper.fits(q, k, v, bias, scale):
+        raise NotImplementedError("for compute capability 9.0, half precision, no bias but a mask of keys")
+    out = _empty_out(q)
+    hopper.launch(q, k, v, bias, out, scale, None)
+    return out
+
+
+plain_attention.register("fae", _without_entropy)
 
 
 def _empty_out(q: Tensor) -> Tensor:
@@ -312,27 +420,12 @@ def _plain_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
 
 
-def _attends_to_nothing(bias: Tensor) -> Tensor:
-    """True for fully masked rows, in a shape that broadcasts to (B, H, n, 1)."""
-    return ~bias.any(-1, keepdim=True) if bias.dtype == torch.bool else bias.amax(-1, keepdim=True) == -math.inf
-
-
 def _token_major(out: Tensor) -> Tensor:
     return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
-def _fae_cuda(
-    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, entropy: bool
-) -> tuple[Tensor, Tensor]:
-    _check(q, k, v)
-    k, v = k.to(q.dtype), v.to(q.dtype)
-    if q.numel() == 0 or k.numel() == 0:
-        return _nothing_to_attend(q, entropy)
-    if not entropy:
-        out = _plain_attention(q, k, v, bias, scale)
-        if bias is not None:  # cuDNN gives the mean of v to rows that attend to nothing
-            out = out.masked_fill(_attends_to_nothing(bias), 0.0)
-        return _token_major(out), _no_entropy(q)
+def _check_kernel(q: Tensor) -> None:
+    """Refuse what no CUDA kernel of this machine measures the entropy of."""
     if not HAS_TRITON:
         raise MissingTritonError(
             "attention entropy on CUDA needs Triton, which is not installed",
@@ -347,6 +440,18 @@ def _fae_cuda(
             expected=f"a head dimension up to {_MAX_HEAD_DIM} in float32, float16 or bfloat16",
             todo="convert the inputs, or call with entropy=False",
         )
+
+
+def _fae_cuda(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, v)
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if q.numel() == 0 or k.numel() == 0:
+        return _nothing_to_attend(q, entropy)
+    if not entropy:
+        return plain_attention.attend(q, k, v, bias, scale), _no_entropy(q)
+    _check_kernel(q)
     return _launch_fae(q, k, v, bias, scale)
 
 
@@ -404,6 +509,35 @@ def _by_rows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scale: float) -> tup
     return out, entropy
 
 
+def _fae_varlen(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """Samples whose keys differ in number: k and v (H, total, D), sample b from cu_seqlens[b] to cu_seqlens[b + 1]."""
+    b, h, _, d = q.shape
+    if k.shape != v.shape or k.shape != (h, *k.shape[1:2], d) or cu_seqlens.shape != (b + 1,):
+        raise OptionError(
+            f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}, cu_seqlens {tuple(cu_seqlens.shape)}",
+            where="toprovar::fae_varlen",
+            expected="q (B, H, n, D), k and v (H, total, D), cu_seqlens (B + 1,)",
+            todo="pack the keys of all samples one after the other",
+        )
+    k, v = k.to(q.dtype), v.to(q.dtype)
+    if q.numel() == 0 or k.numel() == 0:
+        return _nothing_to_attend(q, entropy)
+    if q.is_cuda:  # lengths stay on the device, so that a CUDA graph follows them
+        _check_kernel(q)
+        out, measured = _launch_fae(q, k[None], v[None], None, scale, cu_seqlens)
+        return out, measured if entropy else _no_entropy(q)
+    out = _empty_out(q)
+    measured = torch.empty((b, q.shape[2] if entropy else 0), dtype=torch.float32)
+    bounds = cu_seqlens.tolist()
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        out[i : i + 1], measured[i : i + 1] = _fae_cpu(
+            q[i : i + 1], k[None, :, start:end], v[None, :, start:end], None, scale, entropy
+        )
+    return out, measured
+
+
 def _fae_cached(
     q: Tensor,
     k: Tensor,
@@ -424,8 +558,7 @@ def _fae_cached(
             expected=f"0 <= start <= {capacity - n}",
             todo="preallocate the caches for every scale of the schedule",
         )
-    k_cache.narrow(2, start, n).copy_(k)
-    v_cache.narrow(2, start, n).copy_(v)
+    _append(k, v, k_cache, v_cache, start)
     attend = _fae_cuda if q.is_cuda else _fae_cpu
     return attend(q, k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end), bias, scale, entropy)
 
@@ -454,6 +587,22 @@ def _fae_fake(
 
 torch.library.register_fake("toprovar::fae", _fae_fake)
 torch.library.define(
+    "toprovar::fae_varlen",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, float scale, bool entropy) -> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.impl("toprovar::fae_varlen", "CPU", _fae_varlen)
+torch.library.impl("toprovar::fae_varlen", "CUDA", _fae_varlen)
+
+
+def _fae_varlen_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    return _fake(q, entropy)
+
+
+torch.library.register_fake("toprovar::fae_varlen", _fae_varlen_fake)
+torch.library.define(
     "toprovar::fae_cached",
     "(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, SymInt start, Tensor? bias, float scale,"
     " bool entropy) -> (Tensor, Tensor)",
@@ -481,3 +630,4 @@ torch.library.register_fake("toprovar::fae_cached", _fae_cached_fake)
 
 fae = torch.ops.toprovar.fae.default
 fae_cached = torch.ops.toprovar.fae_cached.default
+fae_varlen = torch.ops.toprovar.fae_varlen.default

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from toprovar_compile.errors import ToproVarWarning
+from toprovar_compile.files import cache_folder
 
 MAX_HEAD_DIM = 256
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-fno-math-errno", "-ffp-contract=fast", "-std=c++17", "-shared", "-fPIC")
@@ -273,7 +274,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 def beats_plain(q: Tensor) -> bool:
     """Whether `attend` is faster than PyTorch's attention even where entropy is not read.
 
-    Measured on AVX-512 in float32 (benchmarks/fae_cpu.py): 14 to 35 % faster from 128 queries on, at head size 64. A
+    Measured on AVX-512 in float32 (toprovar bench fae): 14 to 35 % faster from 128 queries on, at head size 64. A
     fixed rule, so that the same machine always computes the same numbers.
     """
     fits = q.dtype == torch.float32 and q.shape[2] >= 128 and q.shape[3] <= 128
@@ -287,7 +288,7 @@ def compiled() -> _Function | None:
     try:
         version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
         key = hashlib.sha256("\0".join((_SOURCE, *_FLAGS, compiler, version, _processor())).encode()).hexdigest()[:16]
-        library = _folder() / f"fae_{key}.so"
+        library = cache_folder() / f"fae_{key}.so"
         if not library.exists():
             _build(compiler, library)
         function = ctypes.CDLL(str(library)).toprovar_fae
@@ -313,16 +314,6 @@ def _build(compiler: str, library: Path) -> None:
         command = [*compiler.split(), *_FLAGS, str(source), "-o", str(result)]
         subprocess.run(command, capture_output=True, text=True, check=True)
         os.replace(result, library)
-
-
-def _folder() -> Path:
-    """Where builds are kept; where there is no home to keep them in, a folder of this process alone."""
-    try:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toprovar_compile"
-        folder.mkdir(parents=True, exist_ok=True)
-    except (OSError, RuntimeError):
-        return Path(tempfile.mkdtemp(prefix="toprovar_compile_"))
-    return folder
 
 
 def _processor() -> str:

@@ -10,6 +10,7 @@ from toprovar_compile.passes._base import Pass, PassContext, PassReport, run_pas
 from toprovar_compile.passes._graph import copy_graph, output_values, placeholders
 from toprovar_compile.passes._symbols import shape_of, symbols_of
 from toprovar_compile.passes.drop_unread_entropy import check_drop_unread_entropy, drop_unread_entropy, read_entropy
+from toprovar_compile.passes.fuse_gelu import check_fuse_gelu, fuse_gelu
 from toprovar_compile.passes.prove_token_axis import TokenProof, prove_token_axis
 from toprovar_compile.passes.prune_tokens import prune_tokens
 from toprovar_compile.passes.rewrite_attention import check_rewrite_attention, rewrite_attention
@@ -24,6 +25,8 @@ DYNAMO_PASSES: tuple[Pass, ...] = (
 PASSES_OF_A_VARIANT: tuple[Pass, ...] = (
     # After the variant's outputs are chosen: only then is it known which entropy is read.
     Pass(drop_unread_entropy, check_drop_unread_entropy),
+    # Last: rules and matchers of other passes know the plain product.
+    Pass(fuse_gelu, check_fuse_gelu),
 )
 
 __all__ = [

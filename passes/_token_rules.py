@@ -161,6 +161,12 @@ def _slice(node: Node, axis: Axis) -> Axis:
     return axis if whole and not node.kwargs else _along(1)(node, axis)
 
 
+def _flip(node: Node, axis: Axis) -> Axis:
+    if axis.dim in {_int(d) % len(_shape(node)) for d in node.args[1]}:  # type: ignore[union-attr]
+        raise Refusal(f"it works along the {axis.of}")
+    return axis
+
+
 def _permute(node: Node, axis: Axis) -> Axis:
     rank = len(_shape(_tensor(node)))
     if node.target is aten.permute.default:
@@ -332,6 +338,7 @@ RULES: Mapping[Any, Rule] = {
     aten.squeeze.dims: _each(_squeeze),
     aten.select.int: _each(_along(1)),
     aten.slice.Tensor: _each(_slice),
+    aten.flip.default: _each(_flip),
     aten.unbind.int: _each(_along(1)),
     aten.split.Tensor: _each(_along(2)),
     aten.split_with_sizes.default: _each(_along(2)),

@@ -37,7 +37,6 @@ from toprovar_compile.passes._symbols import (
     is_tensor,
     scalar_symbols,
     shape_of,
-    symbols_of,
 )
 
 
@@ -297,7 +296,7 @@ def _extract(
     reads = [a for n in members for a in n.all_input_nodes if a not in inside and not is_scalar(a)]
     reads = [a for a in reads if a.op != "get_attr"]
     inputs = dict.fromkeys(([first] if first is not None else []) + reads + [o for o in outputs if o not in inside])
-    known = frozenset().union(*(symbols_of(n.meta["val"]) for n in inputs if is_tensor(n)))
+    known = {e for n in inputs if is_tensor(n) for e in shape_of(n.meta["val"]) if e.is_Symbol}
     for symbol in sorted({s for a in sizes for s in scalar_symbols(a)} - known, key=str):
         inputs.setdefault(find(symbol)[0])
     graph = Graph()

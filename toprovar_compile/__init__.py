@@ -11,18 +11,33 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from toprovar_compile import errors, models
     from toprovar_compile.plan import Plan
+    from toprovar_compile.prepare import accelerate, accelerate_blocks, prepare, shims
     from toprovar_compile.report import explain
     from toprovar_compile.schedule import ScaleSchedule
 
 __version__ = "0.1.0"
 
-__all__ = ["Plan", "ScaleSchedule", "__version__", "errors", "explain", "models"]
+__all__ = [
+    "Plan",
+    "ScaleSchedule",
+    "__version__",
+    "accelerate",
+    "accelerate_blocks",
+    "errors",
+    "explain",
+    "models",
+    "prepare",
+    "shims",
+]
 
-_MODULES = frozenset({"errors", "models"})
+_MODULES = frozenset({"errors", "models", "prepare"})  # `prepare` can be called as well
 _NAMES = {
     "Plan": "toprovar_compile.plan",
     "ScaleSchedule": "toprovar_compile.schedule",
+    "accelerate": "toprovar_compile.prepare",
+    "accelerate_blocks": "toprovar_compile.prepare",
     "explain": "toprovar_compile.report",
+    "shims": "toprovar_compile.prepare",
 }
 
 

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 from functorch.compile import aot_module_simplified
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from toprovar_compile.bind_plan import PlanBinder
-from toprovar_compile.dispatch import StepProgram, state_of
+from toprovar_compile.cuda_graph import Scale
+from toprovar_compile.dispatch import StepProgram, current_lane, state_of
 from toprovar_compile.dump import Dump
 from toprovar_compile.errors import UnsupportedGraphError
 from toprovar_compile.inductor import compile_plain
@@ -19,6 +21,10 @@ from toprovar_compile.options import Options
 from toprovar_compile.passes import DYNAMO_PASSES, PassContext, check_split_layers, copy_graph, run_passes, split_layers
 from toprovar_compile.report import GraphReport, counters, logger, ran
 from toprovar_compile.session import current_session
+
+_WRITING_OPERATORS = frozenset(
+    ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
+)
 
 
 def toprovar(
@@ -44,6 +50,22 @@ def toprovar(
         return _plain(gm, example_inputs, opts, str(refusal))
 
 
+def fixed_inputs(inputs: Sequence[Node]) -> list[int]:
+    """Positions of the inputs that stay where they are in memory: weights and buffers, as Dynamo marks them."""
+    return [i for i, n in enumerate(inputs) if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {})]
+
+
+def writes_in_place(gm: GraphModule) -> bool:
+    """Whether a captured graph may write into one of its inputs, which must then not be copied before it runs."""
+
+    def writes(node: Node) -> bool:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__")
+        return in_place or name in _WRITING_OPERATORS or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+
+    return any(writes(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method"))
+
+
 def _compile_step(
     gm: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport
 ) -> Callable[..., Any]:
@@ -51,8 +73,7 @@ def _compile_step(
     session = current_session()
     hints = {"n": max(session.schedule.tokens)} if session is not None else {}
     binder = PlanBinder(opts)
-    captured = [n for n in gm.graph.nodes if n.op == "placeholder"]
-    fixed = [i for i, n in enumerate(captured) if "_dynamo_static_input_type" in n.meta.get("tensor_dict", {})]
+    fixed = fixed_inputs([n for n in gm.graph.nodes if n.op == "placeholder"])
     dump = Dump.open(opts.dump)
     dump.graph("captured", gm)
 
@@ -86,9 +107,16 @@ def _plain(
     counters.add("plain_graph", reason)
     report = GraphReport("plain", reason)
     call = compile_plain(gm, example_inputs, opts.inner)
+    captured = [n for n in gm.graph.nodes if n.op == "placeholder"]
+    fixed = fixed_inputs(captured)
+    moving = [i for i, n in enumerate(captured) if i not in fixed and isinstance(n.meta.get("example_value"), Tensor)]
+    graphable = not torch.is_grad_enabled() and not writes_in_place(gm)
 
     def run(*args: Any) -> Any:
         ran(report)
-        return call(*args)
+        lane = current_lane() if graphable and moving and args[moving[0]].is_cuda else None
+        if lane is None:
+            return call(*args)
+        return lane.run(Scale.stateless((id(report), "plain"), lambda given: list(call(*given)), moving), args)
 
     return run

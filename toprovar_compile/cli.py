@@ -1,4 +1,4 @@
-"""The command line: `toprovar demo | generate | bench | calibrate | explain | doctor`."""
+"""The command line: `toprovar demo | generate | bench | calibrate | tune | eval | explain | doctor`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
+from toprovar_compile import cli_bench, cli_eval
+from toprovar_compile.cli_bench import Device, Seed
 from toprovar_compile.errors import OptionError, ToproVarError, nearest
 
 if TYPE_CHECKING:
@@ -68,10 +70,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Visual autoregressive image models, compiled with entropy-guided pruning.",
 )
+app.add_typer(cli_bench.app, name="bench")
+app.add_typer(cli_eval.app, name="eval")
 
 Model = Annotated[str, typer.Option("--model", help="Shipped model.")]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of the first image; the others count up from it.")]
 PlanText = Annotated[
     str,
     typer.Option("--plan", help="auto, dense, a plan file, or a description such as keep=0.4,from=8."),
@@ -166,48 +168,6 @@ def generate(
 
 
 @app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="emoji-var.")],
-    classes: Annotated[int, typer.Option("--classes", min=1, help="Classes, one image each.")] = 64,
-    plan: Annotated[
-        list[str] | None, typer.Option("--plan", help="Plan to measure; repeat for more. Default: a whole frontier.")
-    ] = None,
-    mode: Annotated[
-        list[str] | None, typer.Option("--inductor-mode", help="Mode of torch.compile to measure as well; repeatable.")
-    ] = None,
-    seed: Seed = 0,
-    device: Device = "auto",
-    minutes: Annotated[float, typer.Option("--minutes", help="Start no new way after this long.")] = 120.0,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the JSON and the plot.")] = Path("toprovar-out"),
-) -> None:
-    """Measure time and closeness of many plans over many classes; an interrupted run goes on where it stopped."""
-    from toprovar_compile import bench as bench_module
-    from toprovar_compile.measure import require_metrics
-
-    if name != "emoji-var":
-        close = nearest(name, ("emoji-var",))
-        raise OptionError(
-            f"there is no benchmark {name!r}",
-            where="bench",
-            expected="emoji-var",
-            todo=f"did you mean {close!r}?" if close else "",
-        )
-    require_metrics("bench")
-    settings = bench_module.Settings(
-        classes=classes,
-        seed=seed,
-        device=device,
-        minutes=minutes,
-        plans=tuple(plan) if plan else bench_module.FRONTIER,
-        inductor_modes=tuple(mode or ()),
-    )
-    console = Console()
-    path = bench_module.run(settings, out, log=lambda text: console.print(text, highlight=False))
-    console.print(bench_module.table(json.loads(path.read_text())))
-    console.print(f"wrote {path}", highlight=False)
-
-
-@app.command()
 def calibrate(
     out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write.")],
     model: Model = "emoji-var",
@@ -239,6 +199,43 @@ def calibrate(
     share = ", ".join(f"{x:.0%}" for x in plan.token_share())
     console.print(f"computes {plan.total_share():.0%} of the tokens; scale by scale {share}", highlight=False)
     console.print(f"wrote {out}", highlight=False)
+
+
+@app.command()
+def tune(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Plan file to write.")],
+    model: Model = "emoji-var",
+    target_ssim: Annotated[float | None, typer.Option("--target-ssim", help="Least mean SSIM to unpruned.")] = None,
+    target_speedup: Annotated[float | None, typer.Option("--target-speedup", help="Least speed-up over dense.")] = None,
+    trials: Annotated[int, typer.Option("--trials", min=1, help="Plans to try.")] = 60,
+    images: Annotated[int, typer.Option("--images", min=1, help="Images to try each plan on.")] = 16,
+    held_out: Annotated[int, typer.Option("--held-out", min=1, help="Other images, to confirm the best on.")] = 64,
+    guidance: Annotated[bool, typer.Option(help="The plan may switch guidance off in late scales.")] = True,
+    timed: Annotated[bool, typer.Option("--timed", help="Measure times on this machine; else tokens count.")] = False,
+    seed: Seed = 0,
+    device: Device = "auto",
+) -> None:
+    """Search the fastest plan that stays close enough, or the closest that is fast enough, and write it."""
+    from toprovar_compile import tune as tuning
+    from toprovar_compile.costs import measure_costs
+    from toprovar_compile.measure import pick_device, require_metrics
+
+    require_metrics("tune")
+    goal = tuning.Goal(target_ssim, target_speedup)
+    settings = tuning.Settings(trials, images, held_out, seed, guidance=guidance)
+    network, console = _load(model, pick_device(device)), Console()
+
+    def log(text: str) -> None:
+        console.print(text, highlight=False)
+
+    costs = measure_costs(network, log=log) if timed else None
+    found = tuning.tune(network, goal, settings, costs=costs, log=log)
+    for trial in found.frontier:
+        log(f"frontier: SSIM {trial.ssim:.4f} at {trial.speedup:.2f} x")
+    if not found.reached:
+        log("no plan kept the goal on held-out images; this is the nearest")
+    found.plan.save(out)
+    log(f"wrote {out}")
 
 
 @app.command()

@@ -22,25 +22,45 @@ _MAX_IDLE_LANES = 4
 
 @dataclass(frozen=True)
 class Scale:
-    """What runs one scale. `run(args)` changes Python state that `save` and `restore` read and set.
+    """What runs one scale, or another part of a generation.
 
+    `run(args)` may change Python state, which `save` and `restore` read and set.
     `key` is (program, scale). Of the arguments, those in `moving` are copied to a fixed place before each run, all
     others must stay where they are. `condition` are the moving ones whose unchanged value lets `run` reuse what it
-    computed at an earlier scale.
+    computed at an earlier scale. `generator`, if given, is what `run` draws from; it is handed to `run` as a second
+    argument, because a graph draws from a generator of its own, which follows that one.
     """
 
     key: tuple[Hashable, Hashable]
-    run: Callable[[Sequence[Any]], list[Any]]
+    run: Callable[..., list[Any]]
     save: Callable[[], Any]
     restore: Callable[[Any], None]
     moving: Collection[int]
-    condition: Collection[int]
+    condition: Collection[int] = ()
+    generator: torch.Generator | None = None
+
+    @classmethod
+    def stateless(
+        cls,
+        key: tuple[Hashable, Hashable],
+        run: Callable[..., list[Any]],
+        moving: Collection[int],
+        generator: torch.Generator | None = None,
+    ) -> Scale:
+        """What changes no Python state."""
+        return cls(key, run, lambda: None, lambda _: None, moving, (), generator)
+
+    def __call__(self, args: Sequence[Any], generator: torch.Generator | None = None) -> list[Any]:
+        if self.generator is None:
+            return self.run(args)
+        return self.run(args, generator or self.generator)
 
 
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
     inputs: list[Any]
+    places: list[Any]
     outputs: list[Any]
     state: Any
     reused: bool
@@ -55,18 +75,22 @@ class Lane:
     _seen: set[Hashable] = field(default_factory=set)
     _inputs: dict[Hashable, Tensor] = field(default_factory=dict)
     _sources: dict[Hashable, tuple[Tensor, int]] = field(default_factory=dict)
+    _checked: set[Hashable] = field(default_factory=set)
+    _generator: torch.Generator | None = None
     _pool: Any = None
 
     def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
         """The buffer of this name and form, with whatever is in it."""
         key = (name, shape, dtype, device)
         if key not in self.buffers:
-            self.buffers[key] = torch.empty(shape, dtype=dtype, device=device)
+            with torch.inference_mode(False):  # a lane outlives the mode that it was made in
+                self.buffers[key] = torch.empty(shape, dtype=dtype, device=device)
         return self.buffers[key]
 
     def begin(self) -> None:
         """A new generation starts: nothing is known to be unchanged."""
         self._sources.clear()
+        self._checked.clear()
 
     def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
         """`scale.run(args)`, captured or replayed where that is possible."""
@@ -75,56 +99,99 @@ class Lane:
         if known is not None:
             reason = self._moved(scale, known, args)
             if reason is None:
-                known.graph.replay()
+                self._replay(known.graph, scale)
                 scale.restore(known.state)
                 return self._hand_out(known.outputs)
             counters.add("cuda_graph_miss", reason)
         elif key in self._seen and key not in self._graphs:
             return self._capture(key, scale, args)
         self._seen.add(key)
-        return scale.run(args)
+        return scale(args)
+
+    def call(
+        self,
+        key: Hashable,
+        run: Callable[..., Sequence[Tensor]],
+        args: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        generator: torch.Generator | None,
+    ) -> list[Any]:
+        """`run(*args)`, or `run(*args, generator)`, which reads `fixed` besides, as a graph."""
+
+        def whole(given: Sequence[Any], *rest: Any) -> list[Any]:
+            return list(run(*given[: len(args)], *rest))
+
+        return self.run(
+            Scale.stateless((("call", key), generator is not None), whole, range(len(args)), generator), [*args, *fixed]
+        )
 
     def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> list[Any]:
-        fixed, fresh = self._place(scale, args)
+        fixed, fresh = self._put(scale, args)
         before = scale.save()
         graph = torch.cuda.CUDAGraph()
+        own: Any = None
+        if scale.generator is not None:
+            own = self._generator = self._generator or torch.Generator(device=scale.generator.device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        # A weight that autocast has cast before would be read where it is then, and is freed with the user's region.
+        caching = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         try:
+            if own is not None:
+                graph.register_generator_state(own)  # type: ignore[no-untyped-call]
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = scale.run(fixed)
+                outputs = scale(fixed, own)
         except RuntimeError as error:
             self._graphs[key] = None
             scale.restore(before)
             reason = str(error).strip().splitlines()[0]
             counters.add("fallback", f"CUDA graph capture failed, the scale is launched kernel by kernel: {reason}")
             logger.warning("CUDA graph capture failed: %s", reason)
-            return scale.run(args)
-        graph.replay()
-        self._graphs[key] = _Captured(graph, fixed, outputs, scale.save(), not fresh)
+            return scale(args)
+        finally:
+            torch.set_autocast_cache_enabled(caching)
+        self._replay(graph, scale)
+        self._graphs[key] = _Captured(graph, fixed, [_place(a) for a in fixed], outputs, scale.save(), not fresh)
         counters.add("cuda_graph_captured")
         return self._hand_out(outputs)
 
+    def _replay(self, graph: torch.cuda.CUDAGraph, scale: Scale) -> None:
+        if scale.generator is None:
+            graph.replay()
+            return
+        assert self._generator is not None
+        self._generator.set_state(scale.generator.get_state())
+        graph.replay()
+        scale.generator.set_state(self._generator.get_state())
+
     def _moved(self, scale: Scale, known: _Captured, args: Sequence[Any]) -> str | None:
-        """Put the moving arguments in place; why the graph cannot be replayed with them, None if it can."""
-        for i, (a, b) in enumerate(zip(args, known.inputs, strict=True)):
-            if i in scale.moving:
+        """Put the moving arguments in place; why the graph cannot be replayed with them, None if it can.
+
+        Each tensor is looked at once in a generation: the same object later in it is taken to be where it was.
+        """
+        program = scale.key[0]
+        checked = program in self._checked
+        self._checked.add(program)
+        for i, (a, b, place) in enumerate(zip(args, known.inputs, known.places, strict=True)):
+            if (checked and a is b) or i in scale.moving:
                 continue
-            if isinstance(a, Tensor):
-                if a.data_ptr() != b.data_ptr() or a.shape != b.shape or a.stride() != b.stride():
-                    return "a weight or a cache is not where it was at capture"
-            elif a != b:
-                return "a size differs from capture"
-        _, fresh = self._place(scale, args)
+            if _place(a) != place:
+                kind = (
+                    "a weight or a cache is not where it was" if isinstance(a, Tensor) else "a size is not what it was"
+                )
+                return f"{kind} at capture"
+        _, fresh = self._put(scale, args)
         return "the condition changed between scales" if fresh and known.reused else None
 
-    def _place(self, scale: Scale, args: Sequence[Any]) -> tuple[list[Any], bool]:
+    def _put(self, scale: Scale, args: Sequence[Any]) -> tuple[list[Any], bool]:
         """The arguments at their fixed places, and whether the condition was put there anew."""
         fixed, fresh = list(args), False
         for i in scale.moving:
             a = args[i]
             name = (scale.key[0], i, tuple(a.shape), a.stride(), a.dtype)
             if name not in self._inputs:
-                self._inputs[name] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
+                with torch.inference_mode(False):
+                    self._inputs[name] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
             if not _unchanged(a, self._sources.get(name)):
                 self._inputs[name].copy_(a)
                 # Holding the source keeps its address from being taken by another tensor.
@@ -137,6 +204,11 @@ class Lane:
         """The outputs, copied where the next replay would overwrite them under the caller."""
         ours = {b.data_ptr() for b in self.buffers.values()}
         return [out.clone() if isinstance(out, Tensor) and out.data_ptr() not in ours else out for out in outputs]
+
+
+def _place(value: Any) -> Any:
+    """Where a tensor is in memory; any other value itself."""
+    return (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else value
 
 
 def _unchanged(value: Tensor, source: tuple[Tensor, int] | None) -> bool:

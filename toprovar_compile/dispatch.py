@@ -39,7 +39,9 @@ from toprovar_compile.passes import (
     write_kv_cache,
 )
 from toprovar_compile.passes._base import PassContext
+from toprovar_compile.passes.write_kv_cache import SkipReason
 from toprovar_compile.plan import DENSE, LayerAction, Plan
+from toprovar_compile.policies.decide import ENTROPY_SOURCE
 from toprovar_compile.policies.selection import kept_tokens
 from toprovar_compile.policies.tokens import resize_tokens
 from toprovar_compile.report import GraphReport, counters, logger, ran
@@ -144,6 +146,8 @@ class LayerClass(Unit):
         self.key = key
         self.proof: TokenProof = prove_token_axis(graph)
         batch, tokens = shape_of(placeholders(graph)[0].meta["val"])[:2]
+        drops = shape_of(output_values(graph)[0].meta["val"])[0] != batch
+        self.unskippable = "its output has other rows than its input" if drops else ""
         self.open_dims = open_dimensions(graph, {batch: "batch", tokens: "n"})
         self._graphs: dict[str, tuple[GraphModule, list[dict[int, str]]]] = {}
 
@@ -203,21 +207,32 @@ class LayerState:
     entropy: tuple[Tensor, Grid] | None = None
     delta: tuple[Tensor, Grid] | None = None
 
+    def narrow(self, rows: int) -> None:
+        """Keep the first `rows` rows of everything: guidance was switched off."""
+        self.buffers = [(k[:rows], v[:rows]) if k.shape[0] > rows else (k, v) for k, v in self.buffers]
+        self.entropy, self.delta = (p and (p[0][:rows], p[1]) for p in (self.entropy, self.delta))
+
 
 class StepState:
     """State of the compiled steps of one generation, kept in its session; without a session, of one step."""
 
     def __init__(self, session: Session | None, plan: Plan | None, count: int) -> None:
-        self.session, self.plan = session, plan
-        self.reads = plan.reads_entropy() if plan else frozenset()
-        self.deltas = plan.keeps_delta() if plan else frozenset()
+        self.session = session
+        self.follow(plan)
         self.layers = [LayerState() for _ in range(count)]
         self.prologues: dict[int, _Prologue] = {}
-        self.digest = plan.digest() if plan else None
         key = (count, self.digest, session.schedule if session else None)
         self.lane = lanes.take(key) if session is not None else Lane()
         if session is not None:
             session.on_close.append(lambda: lanes.give(key, self.lane))
+            session.store[ENTROPY_SOURCE] = lambda: [layer.entropy for layer in self.layers]
+
+    def follow(self, plan: Plan | None) -> None:
+        """Go on with `plan`: the one of the generation, or an alternative of it that the image chose."""
+        self.plan = plan
+        self.reads = plan.reads_entropy() if plan else frozenset()
+        self.deltas = plan.keeps_delta() if plan else frozenset()
+        self.digest = plan.digest() if plan else None
 
     def save(self) -> list[LayerState]:
         """A copy of what steps change, tensors shared."""
@@ -305,7 +320,8 @@ class StepProgram:
         rewrite = write_kv_cache(graph)
         check_write_kv_cache(graph)
         for reason in rewrite.skipped:
-            counters.add("skipped", f"write_kv_cache: {reason.value}")
+            if reason is not SkipReason.NOT_RETURNED:  # text, say: no cache, nothing was skipped
+                counters.add("skipped", f"write_kv_cache: {reason.value}")
         names, outs = layer.piece.inputs, layer.piece.outputs
         kept = tuple(outs[i] for i in rewrite.outputs)
         if len(kept) != 1:
@@ -333,11 +349,14 @@ class StepProgram:
         ran(self.report)
         if state.session is not None:
             state.session.ran = state.session.scale
+            if plan is not state.plan:
+                state.follow(plan)
         x = args[self.moving[0]] if self.moving else None
         if x is None or not x.is_cuda or state.session is None or not self._graphable(plan):
             return self._run(args, plan, state)
+        state.session.graphs = state.lane.call
         scale = Scale(
-            (id(self), state.session.scale),
+            (id(self), (state.digest, state.session.scale)),
             lambda given: self._run(given, plan, state),
             state.save,
             state.restore,
@@ -380,7 +399,7 @@ class StepProgram:
     def _actions(self, plan: Plan | None, state: StepState, x: Tensor) -> tuple[int, list[LayerAction]]:
         """The scale in progress and the action of each layer, by the guards of the step."""
         dense = [DENSE] * len(self.layers)
-        if plan is None or state.session is None:
+        if plan is None or state.session is None or state.session.scale < 0:  # a prefix is no scale
             return -1, dense
         s, n = state.session.scale, sympy.Symbol("n", integer=True)
         if not 0 <= s < len(plan.schedule) or plan.schedule.tokens[s] != x.shape[1]:
@@ -390,8 +409,9 @@ class StepProgram:
         self.guard_hits[guard] = self.guard_hits.get(guard, 0) + 1
         actions = [plan.action(s, i) for i in range(len(self.layers))]
         for i, (action, bound) in enumerate(zip(actions, self.layers, strict=True)):
-            if action.kind == "prune" and not bound.cls.proof.holds:
-                counters.add("fallback", f"{bound.name} runs dense instead of {action}: {bound.cls.proof.reason}")
+            refused = bound.cls.proof.reason if action.kind == "prune" else bound.cls.unskippable
+            if action.kind != "dense" and refused:
+                counters.add("fallback", f"{bound.name} runs dense instead of {action}: {refused}")
                 actions[i] = DENSE
         return s, actions
 
@@ -407,6 +427,7 @@ class StepProgram:
         x: Tensor,
     ) -> Tensor:
         layer = state.layers[i]
+        layer.narrow(x.shape[0])
         self._open_buffers(bound, i, layer, state, env, x)
         measured = (s, i) in state.reads
         if action.kind == "skip":
@@ -417,10 +438,11 @@ class StepProgram:
             rest += [b for pair in layer.buffers for b in pair] + layer.lengths
             idx, entropy = None, None
             if action.kind == "prune":
-                assert plan is not None and action.keep is not None and layer.entropy is not None
-                grid = plan.schedule.grids[s]
-                entropy = resize_tokens(*layer.entropy, grid)
-                idx = kept_tokens(plan, s, i, action.keep, entropy)
+                assert plan is not None and action.keep is not None
+                if plan.score == "entropy":
+                    assert layer.entropy is not None
+                    entropy = resize_tokens(*layer.entropy, plan.schedule.grids[s])
+                idx = kept_tokens(plan, s, i, action.keep, x, entropy)
                 cached = plan.restore == "cached"
                 lead = [x, idx, self._delta(layer, plan, s)] if cached else [x, idx]
                 out, *more = bound.cls.pruned(measured, cached, [*lead, *rest])
@@ -432,7 +454,7 @@ class StepProgram:
                 assert plan is not None
                 merged = more[0] if entropy is None or idx is None else entropy.scatter(1, idx, more[0])
                 layer.entropy = merged, plan.schedule.grids[s]
-            if (s, i) in state.deltas:
+            if (s, i) in state.deltas and out.shape == x.shape:
                 assert plan is not None
                 layer.delta = out - x, plan.schedule.grids[s]
         for (k_name, v_name), (k, v), length in zip(bound.grown, layer.buffers, layer.lengths, strict=True):
@@ -454,7 +476,10 @@ class StepProgram:
             if j == len(layer.buffers):
                 room = length + x.shape[1]
                 if state.session is not None:
-                    room = max(room, state.session.schedule.total)
+                    room = max(room, state.session.prefix + state.session.schedule.total)
+                    # Strides of the caches are guarded: schedules of nearly the same length share them.
+                    step = 1 << max(room.bit_length() - 3, 0)
+                    room = -(-room // step) * step
                 pair = [
                     state.lane.buffer((i, j, side), (x.shape[0], heads[0], room, heads[1]), dtype, x.device)
                     for side, (heads, dtype) in enumerate(bound.like[2 * j : 2 * j + 2])
@@ -508,3 +533,10 @@ def state_of(plan: Plan | None, count: int) -> StepState:
         state = StepState(session, plan, count)
         session.store["steps"] = state
     return state
+
+
+def current_lane() -> Lane | None:
+    """The lane of the generation in progress, None before its first step and outside a generation."""
+    session = current_session()
+    state = session.store.get("steps") if session is not None else None
+    return state.lane if state is not None else None

@@ -44,6 +44,10 @@ class CheckpointError(ToproVarError, ValueError):
     """A weights file is missing, damaged, or does not fit the model."""
 
 
+class UnsupportedModelError(ToproVarError, TypeError):
+    """A model object is of no known kind, or is in a state that generation cannot be taken over in."""
+
+
 class PassInvariantError(ToproVarError):
     """A graph pass left the graph in a state that its own check refuses."""
 

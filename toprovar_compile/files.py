@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+def cache_folder() -> Path:
+    """Where what was built or measured for this machine is kept; without a home to keep it in, a new folder."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "toprovar_compile"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):
+        return Path(tempfile.mkdtemp(prefix="toprovar_compile_"))
+    return folder
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file that appears complete or not at all; parents are made, an older file is replaced.
 

@@ -14,10 +14,12 @@ import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from toprovar_compile.decision import Decision
 from toprovar_compile.errors import PlanError, ScheduleError, nearest
 from toprovar_compile.schedule import ScaleSchedule
 
@@ -26,17 +28,19 @@ Restore = Literal["cached", "identity"]
 Selection = Literal["topk", "gumbel"]
 Direction = Literal["low_entropy", "high_entropy"]
 Normalisation = Literal["mean_one", "literal"]
+Score = Literal["entropy", "mean_distance", "frequency", "random"]
 
 PLAN_VERSION = 1
 
 _LINE = 120  # width of a plan file
 
 _KEYS = (
-    "version", "model", "num_layers", "restore", "selection", "seed", "direction", "alpha_min", "alpha_max",
-    "normalisation", "layer_scores", "region_share", "schedule", "scales", "provenance",
+    "version", "model", "num_layers", "restore", "score", "selection", "seed", "direction", "alpha_min", "alpha_max",
+    "normalisation", "layer_scores", "region_share", "schedule", "scales", "decisions", "alternatives", "provenance",
 )  # fmt: skip
+_BRANCHES = ("scales", "decisions", "alternatives")  # what an alternative does not share with its plan
 _REQUIRED = ("version", "model", "num_layers", "schedule", "scales")
-_SCALE_KEYS = ("run", "layers")
+_SCALE_KEYS = ("run", "cfg", "layers")
 _ACTION = re.compile(r"(?P<kind>[a-z_]+)(?:\s+(?P<keep>\d+))?(?:\s*\*\s*(?P<times>[1-9]\d{0,3}))?")
 
 
@@ -118,13 +122,18 @@ SKIP = LayerAction("skip")
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """What one scale does: `run` False leaves the generation before it, and `layers` is then empty."""
+    """What one scale does: `run` False leaves the generation before it, and `layers` is then empty.
+
+    `cfg` False runs it on the conditional half alone, whose logits then stand for the guided ones.
+    """
 
     run: bool = True
     layers: tuple[LayerAction, ...] = ()
+    cfg: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers) if self.run else ())
+        object.__setattr__(self, "cfg", bool(self.cfg) or not self.run)
 
 
 @dataclass(frozen=True)
@@ -136,11 +145,15 @@ class Plan:
     or nothing ("identity"). `selection`: the best tokens ("topk"), or a sample by keep-probability seeded with `seed`
     ("gumbel"), the probability being made with `alpha_min`, `alpha_max` (0..1), `normalisation` and one score R in 0..1
     a layer in `layer_scores` (empty: 1 for each). `direction`: which tokens are kept. `region_share`: the share (0..1)
-    of its tokens that every region of a map keeps in any case. `provenance` says how the plan was made (calibration
-    numbers, thresholds); it takes no part in equality and in `digest`.
+    of its tokens that every region of a map keeps in any case. `score`: what tokens are chosen by, their attention
+    entropy or one of the scores of `policies.selection`; only entropy has a "gumbel" and a `direction`.
+    `decisions`: what an image decides for itself; it goes on with one of the `alternatives`, plans that differ from
+    this one in what they do after the decision (and may hold further decisions). `provenance` says how the plan was
+    made (calibration numbers, thresholds); it takes no part in equality and in `digest`.
 
     Raises PlanError when an action does not fit the schedule: a wrong number of scales or layers, a prune that keeps
-    all tokens of its scale, a scale that runs after an exit, or an exit at scale 0.
+    all tokens of its scale, a scale that runs after an exit, an exit at scale 0, guidance switched off at scale 0 or on
+    again; and when a decision or an alternative does not fit the plan.
     """
 
     schedule: ScaleSchedule
@@ -157,10 +170,14 @@ class Plan:
     layer_scores: tuple[float, ...] = ()
     region_share: float = 0.0
     version: int = PLAN_VERSION
+    score: Score = "entropy"
+    decisions: tuple[Decision, ...] = ()
+    alternatives: tuple[Plan, ...] = ()
     provenance: Mapping[str, Any] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "scales", tuple(self.scales))
+        for name in _BRANCHES:
+            object.__setattr__(self, name, tuple(getattr(self, name)))
         _check_version(self.version)
         _typed("model", self.model, str)
         _typed("provenance", self.provenance, Mapping)
@@ -169,6 +186,14 @@ class Plan:
         _choice("selection", self.selection, get_args(Selection))
         _choice("direction", self.direction, get_args(Direction))
         _choice("normalisation", self.normalisation, get_args(Normalisation))
+        _choice("score", self.score, get_args(Score))
+        if self.score != "entropy" and (self.selection, self.direction) != ("topk", "low_entropy"):
+            raise PlanError(
+                f"score {self.score!r} with selection {self.selection!r} and direction {self.direction!r}",
+                where="score",
+                expected="'entropy', which alone has a keep-probability and a direction",
+                todo="leave selection and direction at their defaults",
+            )
         for name in ("alpha_min", "alpha_max", "region_share"):
             object.__setattr__(self, name, _share(name, getattr(self, name)))
         scores = tuple(_share(f"layer_scores[{i}]", score) for i, score in enumerate(self.layer_scores))
@@ -191,12 +216,49 @@ class Plan:
             )
         for s, scale in enumerate(self.scales):
             self._check_scale(s, scale)
+        for decision in self.decisions:
+            self._check_decision(decision)
+
+    def _check_decision(self, decision: Decision) -> None:
+        where, after = "decisions", decision.after
+        _in_range(where, [after, decision.preview], len(self.scales))
+        _in_range(where, [o for o in decision.outcomes if o is not None], len(self.alternatives))
+        wanted = 1 + self.num_layers if decision.features == "entropy" else 2
+        if len(decision.weights[0]) != wanted:
+            raise PlanError(f"a decision weighs {len(decision.weights[0])} features", where=where, expected=f"{wanted}")
+        if not self.scales[after].run or (decision.features == "frequency" and after == 0):
+            raise PlanError(f"a decision is made after scale {after}", where=where, expected="a scale that runs")
+        if decision.features == "entropy" and any(a.kind != "dense" for a in self.scales[after].layers):
+            raise PlanError(
+                f"scale {after} is pruned, and a decision reads its entropies", where=where, expected="a dense scale"
+            )
+        shared = [f for f in _KEYS if f not in (*_BRANCHES, "provenance")]
+        for alternative in (self.alternatives[o] for o in decision.outcomes if o is not None):
+            same = alternative.scales[: after + 1] == self.scales[: after + 1]
+            if not same or any(getattr(alternative, f) != getattr(self, f) for f in shared):
+                raise PlanError(
+                    f"an alternative differs from the plan before the decision after scale {after}",
+                    where="alternatives",
+                    expected="plans that differ only in later scales",
+                )
+            if any(later.after <= after for later in alternative.decisions):
+                raise PlanError(
+                    f"an alternative decides again at scale {after} or before", where="alternatives", expected="later"
+                )
 
     def _check_scale(self, s: int, scale: ScalePlan) -> None:
         if not scale.run:
             if s == 0:
                 raise PlanError("scale 0 exits", where="scales[0].run", expected="at least one scale that runs")
             return
+        if scale.cfg and not self.scales[max(s - 1, 0)].cfg:
+            raise PlanError(
+                f"scale {s} is guided after one that is not",
+                where=f"scales[{s}].cfg",
+                expected="guidance off from one scale to the end: later the unconditional half lacks its cache",
+            )
+        if s == 0 and not scale.cfg:
+            raise PlanError("scale 0 is not guided", where="scales[0].cfg", expected="guidance at least there")
         if not self.scales[max(s - 1, 0)].run:
             raise PlanError(
                 f"scale {s} runs after the exit at scale {s - 1}",
@@ -243,13 +305,16 @@ class Plan:
         selection: Selection = "topk",
         seed: int = 0,
         direction: Direction = "low_entropy",
+        score: Score = "entropy",
+        unguided_from: int | None = None,
     ) -> Plan:
         """A plan that keeps a share of the tokens in some layers of the late scales.
 
         `keep`: share in 0..1, one for all scales or one for each scale index (scales it does not name stay dense).
         `from_scale`: first scale to prune. `layers`: the layers to prune, None for all. The tokens kept are rounded up
         to a multiple of `bucket`; what reaches all tokens of a scale is dense, and a share of 0 skips the layer.
-        `exit_scale`: leave the generation before this scale. Raises PlanError for a share, scale or layer out of range.
+        `exit_scale`: leave the generation before this scale. `unguided_from`: run this scale and later ones on the
+        conditional half alone. Raises PlanError for a share, scale or layer out of range.
         """
         count = len(schedule)
         shares = dict(keep) if isinstance(keep, Mapping) else dict.fromkeys(range(count), keep)
@@ -257,8 +322,9 @@ class Plan:
         _in_range("from_scale", [from_scale], count + 1)
         _in_range("keep", shares, count)
         _in_range("layers", chosen, num_layers)
-        if exit_scale is not None:
-            _in_range("exit_scale", [exit_scale], count + 1)
+        for name, scale in (("exit_scale", exit_scale), ("unguided_from", unguided_from)):
+            if scale is not None:
+                _in_range(name, [scale], count + 1)
         if not _is_int(bucket) or bucket < 1:
             raise PlanError(f"bucket is {bucket!r}", where="bucket", expected="an integer of at least 1")
         for s, share in shares.items():
@@ -267,9 +333,10 @@ class Plan:
         for s, n in enumerate(schedule.tokens):
             action = _action_for(shares.get(s, 1.0), n, bucket) if s >= from_scale else DENSE
             actions = tuple(action if layer in chosen else DENSE for layer in range(num_layers))
-            scales.append(ScalePlan(exit_scale is None or s < exit_scale, actions))
+            guided = unguided_from is None or s < unguided_from
+            scales.append(ScalePlan(exit_scale is None or s < exit_scale, actions, guided))
         return cls(
-            schedule, num_layers, tuple(scales), fingerprint, restore, selection, seed, direction,
+            schedule, num_layers, tuple(scales), fingerprint, restore, selection, seed, direction, score=score,
             provenance={
                 "made_by": "keep_share",
                 "keep": {str(s): share for s, share in keep.items()} if isinstance(keep, Mapping) else keep,
@@ -302,20 +369,32 @@ class Plan:
         """The first scale that is not generated, None when all are."""
         return next((s for s, scale in enumerate(self.scales) if not scale.run), None)
 
+    def guided(self, s: int) -> bool:
+        """Whether scale `s` runs with its unconditional half, as guidance needs it."""
+        return self.scales[s].cfg
+
     @property
     def is_dense(self) -> bool:
-        """Whether the plan is lossless: every scale runs, every layer on all tokens."""
-        return self.exit_scale is None and all(a.kind == "dense" for _, _, a in self._actions())
+        """Whether the plan is lossless: every scale runs, guided, every layer on all tokens, for every image."""
+        whole = self.exit_scale is None and all(scale.cfg for scale in self.scales)
+        return whole and not self.alternatives and all(a.kind == "dense" for _, _, a in self._actions())
 
     def reads_entropy(self) -> frozenset[tuple[int, int]]:
-        """The (scale, layer) whose attention entropy must be measured, because a later scale prunes that layer by it.
+        """The (scale, layer) whose attention entropy must be measured: a later scale prunes that layer by it, or a
+        decision reads it, here or in an alternative.
 
         A layer pruned at one scale measures only the tokens it keeps; the others keep their older value, so the scales
         before it are read as well, back to the layer's last dense one.
         """
-        read = set()
+        return self._reads_entropy
+
+    @cached_property
+    def _reads_entropy(self) -> frozenset[tuple[int, int]]:
+        read = {(d.after, i) for d in self.decisions if d.features == "entropy" for i in range(self.num_layers)}
+        for alternative in self.alternatives:
+            read |= alternative.reads_entropy()
         for s, layer, action in self._actions():
-            if action.kind != "prune":
+            if action.kind != "prune" or self.score != "entropy":
                 continue
             for earlier in range(s - 1, -1, -1):
                 kind = self.scales[earlier].layers[layer].kind
@@ -328,22 +407,31 @@ class Plan:
     def keeps_delta(self) -> frozenset[tuple[int, int]]:
         """The (scale, layer) whose delta (layer output minus its input) is kept to restore tokens at a later scale.
 
-        It is the last dense scale of the layer before each prune or skip; empty with restore="identity".
+        It is the last dense scale of the layer before each prune or skip, here or in an alternative; empty with
+        restore="identity".
         """
+        return self._keeps_delta
+
+    @cached_property
+    def _keeps_delta(self) -> frozenset[tuple[int, int]]:
         if self.restore == "identity":
             return frozenset()
         found = ((self._last_dense(s, layer), layer) for s, layer, a in self._actions() if a.kind != "dense")
-        return frozenset((s, layer) for s, layer in found if s is not None)
+        own = frozenset((s, layer) for s, layer in found if s is not None)
+        return own.union(*(alternative.keeps_delta() for alternative in self.alternatives))
 
     def validate_first(self) -> None:
         """Check that what a prune or skip needs exists when it runs.
 
-        Raises PlanError for a prune before the layer's first dense scale (it has no entropy to choose tokens by), and,
-        with restore="cached", for such a skip (it has no delta).
+        Raises PlanError for a prune before the layer's first dense scale (it has no entropy to choose tokens by; other
+        scores need none), and, with restore="cached", for such a skip (it has no delta).
         """
+        for alternative in self.alternatives:
+            alternative.validate_first()
         for s, layer, action in self._actions():
-            lacks_delta = action.kind == "skip" and self.restore == "cached"
-            if (action.kind == "prune" or lacks_delta) and self._last_dense(s, layer) is None:
+            lacks_entropy = action.kind == "prune" and self.score == "entropy"
+            lacks_delta = action.kind != "dense" and not lacks_entropy and self.restore == "cached"
+            if (lacks_entropy or lacks_delta) and self._last_dense(s, layer) is None:
                 need = "a delta to restore from" if lacks_delta else "an entropy to choose tokens by"
                 raise PlanError(
                     f"layer {layer} has {action} at scale {s} and has not run dense before",
@@ -353,9 +441,12 @@ class Plan:
                 )
 
     def token_share(self) -> list[float]:
-        """Share (0..1) of each scale's tokens-times-layers that is computed; 0 for a scale that exits."""
+        """Share (0..1) of each scale's tokens-times-layers that is computed; 0 for a scale that exits.
+
+        A scale without guidance computes one half of the rows. Decisions do not count: see `alternatives`.
+        """
         return [
-            sum(a.tokens(n) for a in scale.layers) / (n * self.num_layers)
+            sum(a.tokens(n) for a in scale.layers) / (n * self.num_layers) / (1 if scale.cfg else 2)
             for scale, n in zip(self.scales, self.schedule.tokens, strict=True)
         ]
 
@@ -387,6 +478,10 @@ class Plan:
 
     def digest(self) -> str:
         """A short name (16 hex digits of a SHA-256) of what the plan does; provenance takes no part in it."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         data = self.to_json()
         del data["provenance"]
         text = json.dumps(data, sort_keys=True, separators=(",", ":"))
@@ -405,12 +500,19 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as JSON data; equal neighbouring layers are written once, as in "dense*3" or "prune 128*12"."""
-        values: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
+        values: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}  # in this order
         values["layer_scores"] = list(self.layer_scores)
         values["schedule"] = self.schedule.to_json()
-        values["scales"] = [_scale_to_json(scale) for scale in self.scales]
         values["provenance"] = dict(self.provenance)
-        return values
+        return _without_none(values | self._branches())
+
+    def _branches(self) -> dict[str, Any]:
+        """The keys that differ between alternatives as JSON data, None for those that are left out."""
+        return {
+            "scales": [_scale_to_json(scale) for scale in self.scales],
+            "decisions": [d.to_json() for d in self.decisions] or None,
+            "alternatives": [_without_none(a._branches()) for a in self.alternatives] or None,
+        }
 
     @classmethod
     def from_json(cls, data: Any) -> Plan:
@@ -428,11 +530,30 @@ class Plan:
             raise PlanError(
                 error.what, where=f"schedule, {error.where}", expected=error.expected, todo=error.todo
             ) from error
-        _typed("scales", data["scales"], list)
         if "layer_scores" in data:
             _typed("layer_scores", data["layer_scores"], list)
-        values["scales"] = tuple(_scale_from_json(s, scale) for s, scale in enumerate(data["scales"]))
-        return cls(**values)
+        return cls._branch({key: v for key, v in values.items() if key not in _BRANCHES}, data)
+
+    @classmethod
+    def _branch(cls, shared: Mapping[str, Any], data: Any, where: str = "") -> Plan:
+        """The plan of the shared fields and of the branch keys in `data`."""
+        for key in _BRANCHES:
+            _typed(where + key, data.get(key, []), list)
+        inner = {k: v for k, v in shared.items() if k != "provenance"}
+        alternatives = []
+        for i, branch in enumerate(data.get("alternatives", [])):
+            at = f"{where}alternatives[{i}]"
+            _typed(at, branch, Mapping)
+            _known_keys(at, branch, _BRANCHES)
+            alternatives.append(cls._branch(inner, branch, f"{at}."))
+        return cls(
+            **shared,
+            scales=tuple(_scale_from_json(f"{where}scales[{s}]", v) for s, v in enumerate(data.get("scales", []))),
+            decisions=tuple(
+                Decision.from_json(v, f"{where}decisions[{i}]") for i, v in enumerate(data.get("decisions", []))
+            ),
+            alternatives=tuple(alternatives),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON. The file appears complete or not at all; an older one is replaced.
@@ -481,15 +602,20 @@ def _scale_to_json(scale: ScalePlan) -> dict[str, Any]:
     if not scale.run:
         return {"run": False}
     runs = ((str(action), len(list(same))) for action, same in groupby(scale.layers))
-    return {"run": True, "layers": [text if times == 1 else f"{text}*{times}" for text, times in runs]}
+    cfg = {} if scale.cfg else {"cfg": False}
+    return {"run": True, **cfg, "layers": [text if times == 1 else f"{text}*{times}" for text, times in runs]}
 
 
-def _scale_from_json(s: int, data: Any) -> ScalePlan:
-    where = f"scales[{s}]"
+def _without_none(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in data.items() if value is not None}
+
+
+def _scale_from_json(where: str, data: Any) -> ScalePlan:
     _typed(where, data, Mapping)
     _known_keys(where, data, _SCALE_KEYS)
-    run = data.get("run", True)
+    run, cfg = data.get("run", True), data.get("cfg", True)
     _typed(f"{where}.run", run, bool)
+    _typed(f"{where}.cfg", cfg, bool)
     if not run:
         return ScalePlan(run=False)
     texts = data.get("layers")
@@ -497,7 +623,7 @@ def _scale_from_json(s: int, data: Any) -> ScalePlan:
     layers: list[LayerAction] = []
     for i, text in enumerate(texts):
         layers += _parse_actions(f"{where}.layers[{i}]", text)
-    return ScalePlan(layers=tuple(layers))
+    return ScalePlan(layers=tuple(layers), cfg=cfg)
 
 
 def _parse_actions(where: str, text: Any) -> list[LayerAction]:

@@ -12,7 +12,7 @@ from toprovar_compile.schedule import ScaleSchedule
 if TYPE_CHECKING:
     from toprovar_compile.models.var import VAR
 
-_KEYS = ("keep", "from", "layers", "exit", "restore", "selection", "direction", "bucket")
+_KEYS = ("keep", "from", "layers", "exit", "unguided", "restore", "score", "selection", "direction", "bucket", "seed")
 _EXPECTED = "auto, dense, a plan file, or keep=SHARE,from=SCALE with optional " + ", ".join(_KEYS[2:])
 
 
@@ -28,7 +28,7 @@ def parse_plan(text: str, schedule: ScaleSchedule, num_layers: int, shipped: Pla
 
     "auto" is `shipped`; "dense" the lossless plan; what holds "=" a description in the words of `Plan.keep_share`:
     "keep=0.4,from=8,layers=2-13,exit=9,restore=identity", where keep may list a share for each scale from `from` on
-    ("keep=0.5/0.3"). Anything else is read as a file. Raises OptionError or PlanError.
+    ("keep=0.5/0.3"), and unguided names the first scale that runs on the conditional half alone. Anything else is read as a file. Raises OptionError or PlanError.
     """
     if text == "dense":
         return Plan.dense(schedule, num_layers)
@@ -63,7 +63,7 @@ def _described(text: str, schedule: ScaleSchedule, num_layers: int) -> Plan:
         if len(shares) > 1:
             keep = {start + i: share for i, share in enumerate(shares)}
         layers = _layers(words.pop("layers")) if "layers" in words else None
-        numbers = {"exit_scale": "exit", "bucket": "bucket"}
+        numbers = {"exit_scale": "exit", "unguided_from": "unguided", "bucket": "bucket", "seed": "seed"}
         extra: dict[str, Any] = {key: int(words.pop(word)) for key, word in numbers.items() if word in words}
     except ValueError as error:
         raise OptionError(f"cannot read {text!r}: {error}", where="plan", expected=_EXPECTED) from error

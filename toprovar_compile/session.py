@@ -6,11 +6,14 @@ several models in one process never share state, and everything in it is freed w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
 
 from toprovar_compile.report import counters, logger
 
@@ -26,21 +29,47 @@ _NOT_COMPILED = (
 
 @dataclass
 class Session:
-    """One generation. `scale` is the scale in progress; `plan` is bound by the first compiled step, None in eager mode.
+    """One generation. `scale` is the scale in progress; `plan` is bound by the first compiled step, None in eager mode,
+    and exchanged for one of its alternatives when the image decides so.
 
-    `ran` is the latest scale that a compiled step has run, None before the first.
+    `ran` is the latest scale that a compiled step has run, None before the first. `prefix` counts the tokens that a
+    model puts into its caches before the first scale, in a step while `scale` is -1.
     `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
-    the generation ends, however it ends.
+    the generation ends, however it ends. `graphs` is how they launch a part of the generation as a CUDA graph.
     """
 
     schedule: ScaleSchedule
     fingerprint: Callable[[], str]
     known_plan: Plan | None = None
+    prefix: int = 0
     scale: int = -1
     ran: int | None = None
     plan: Plan | None = None
     store: dict[str, Any] = field(default_factory=dict)
     on_close: list[Callable[[], None]] = field(default_factory=list)
+    graphs: Callable[..., Sequence[Tensor]] | None = None
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def launch(
+        self,
+        key: Hashable,
+        run: Callable[..., Sequence[Tensor]],
+        args: Sequence[Tensor],
+        fixed: Sequence[Tensor] = (),
+        generator: torch.Generator | None = None,
+    ) -> Sequence[Tensor]:
+        """`run(*args)`, or `run(*args, generator)`: what a model does between its steps, as one launch where it can.
+
+        Where compiled steps are CUDA graphs this becomes one as well. So `run` must not wait for the device, must read
+        no tensors but `args` and those in `fixed` (weights), and everything else it depends on must be in `key`.
+        """
+        if self.graphs is not None:
+            return self.graphs(key, run, args, fixed, generator)
+        return run(*args) if generator is None else run(*args, generator)
+
+    def guided(self) -> bool:
+        """Whether the scale in progress runs with its unconditional half; so it is unless the plan says otherwise."""
+        return self.plan is None or self.plan.guided(self.scale)
 
     def scales(self) -> Iterator[int]:
         """Scale indices to run, in order, up to the scale where the plan leaves the generation (an exit)."""
@@ -64,14 +93,14 @@ def current_session() -> Session | None:
 
 @contextmanager
 def generation(
-    schedule: ScaleSchedule, fingerprint: Callable[[], str], known_plan: Plan | None = None
+    schedule: ScaleSchedule, fingerprint: Callable[[], str], known_plan: Plan | None = None, prefix: int = 0
 ) -> Iterator[Session]:
     """Open a session for the `with` block. Nested generations see their own session.
 
     `fingerprint` names the model and its weights; `known_plan` is the plan that came with them, which compiled steps
-    take when the user asks for plan="auto".
+    take when the user asks for plan="auto"; `prefix` is that of the session.
     """
-    session = Session(schedule, fingerprint, known_plan)
+    session = Session(schedule, fingerprint, known_plan, prefix)
     token = _current.set(session)
     try:
         yield session

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from toprovar_compile.errors import CacheOverflowError
-from toprovar_compile.kernels import fae, fae_cached, fae_reference
+from toprovar_compile.kernels import fae, fae_cached, fae_reference, fae_varlen
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -66,6 +66,35 @@ def test_odd_sizes(n: int, m: int, dtype: torch.dtype) -> None:
 )
 def test_head_dims(d: int, dtype: torch.dtype) -> None:
     check(*inputs(169, 320, d, dtype), scale=d**-0.5)
+
+
+@pytest.mark.parametrize("n", [40, 2100])  # one and two consumers a program on compute capability 9.0
+@pytest.mark.parametrize("m", [77, 700])
+def test_mask_of_padded_keys(n: int, m: int) -> None:
+    q, k, v = inputs(n, m, 128, torch.bfloat16, h=5)
+    lengths = torch.tensor([m - 30, 9], device="cuda")
+    keep = torch.arange(m, device="cuda") < lengths[:, None]
+    check(q, k, v, keep[:, None, None], scale=128**-0.5)
+    nothing = keep & torch.tensor([[True], [False]], device="cuda")
+    out, entropy = check(q, k, v, nothing[:, None, None], scale=128**-0.5)
+    assert (out[1] == 0).all() and (entropy[1] == 0).all()
+
+
+@pytest.mark.parametrize("scale", [-0.2, 0.0, 2.0])
+def test_any_scale(scale: float) -> None:
+    check(*inputs(150, 300, 64, torch.bfloat16), scale=scale)
+
+
+def test_samples_with_keys_of_their_own_number() -> None:
+    q, k, v = inputs(150, 90, 64, torch.bfloat16)
+    packed_k, packed_v = (x.transpose(0, 1).reshape(3, 180, 64) for x in (k, v))
+    lens = torch.tensor([0, 13, 13 + 100], dtype=torch.int32, device="cuda")
+    out, entropy = fae_varlen(q, packed_k, packed_v, lens, SCALE, True)
+    for i, (start, end) in enumerate(((0, 13), (13, 113))):
+        keys, values = (x[None, :, start:end].double() for x in (packed_k, packed_v))
+        want, want_entropy = fae_reference(q[i : i + 1].double(), keys, values, None, SCALE)
+        torch.testing.assert_close(out[i : i + 1].double(), want, atol=1.6e-2, rtol=1.6e-2)
+        torch.testing.assert_close(entropy[i : i + 1].double(), want_entropy, atol=ENTROPY_TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

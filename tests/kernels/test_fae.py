@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._inductor.utils import run_and_get_code
 
 from toprovar_compile.errors import CacheOverflowError, MissingTritonError, OptionError, ToproVarWarning
-from toprovar_compile.kernels import fae, fae_cached, fae_cpu, fae_reference
+from toprovar_compile.kernels import fae, fae_cached, fae_cpu, fae_reference, fae_varlen, plain_attention
 
 fae_module = importlib.import_module("toprovar_compile.kernels.fae")
 
@@ -123,19 +123,6 @@ def test_fully_masked_rows_are_zero() -> None:
         assert (out == 0).all() and (entropy == 0).all()
 
 
-def test_fully_masked_rows_are_zero_where_the_backend_of_cuda_gives_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = inputs(9, 14)
-    keep = torch.ones(3, 9, 14, dtype=torch.bool)
-    keep[1, 3] = False
-    mean = v.mean(2, keepdim=True).expand_as(q)
-    monkeypatch.setattr(fae_module, "_plain_attention", lambda *_: mean.clone())
-    for bias in (keep, torch.zeros(3, 9, 14).masked_fill_(~keep, -math.inf)):
-        out, _ = fae_module._fae_cuda(q, k, v, bias, SCALE, False)
-        want = mean.clone()
-        want[:, 1, 3] = 0
-        assert torch.equal(out, want)
-
-
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize(("n", "m"), [(9, 0), (0, 9), (0, 0)])
 def test_no_keys_or_no_queries(n: int, m: int, entropy: bool) -> None:
@@ -169,6 +156,19 @@ def test_huge_logits_lose_a_few_roundings_of_the_score() -> None:
         largest = (q @ k.transpose(-1, -2)).abs().max().item() * size
         torch.testing.assert_close(entropy.double(), want_entropy, atol=4e-7 * largest, rtol=0)
         assert not out.isnan().any() and entropy.min() >= 0
+
+
+@pytest.mark.usefixtures("form")
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+def test_scales_that_are_not_positive(scale: float) -> None:
+    check(*inputs(63, 155), scale=scale)
+
+
+@pytest.mark.usefixtures("form")
+def test_masks_made_of_the_lowest_number() -> None:
+    q, k, v = inputs(25, 55)
+    lowest = torch.zeros(25, 55).masked_fill_(torch.rand(25, 55) > 0.5, torch.finfo(torch.float32).min)
+    check(q, k, v, lowest)
 
 
 def test_nan_is_passed_on() -> None:
@@ -291,6 +291,49 @@ def test_fake_equals_real(entropy: bool, device_layout: str) -> None:
         assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
 
 
+@pytest.mark.parametrize("entropy", [False, True])
+def test_fakes_of_the_other_forms(entropy: bool) -> None:
+    q, k, v = inputs(9, 9)
+    lens = torch.tensor([0, 4, 9], dtype=torch.int32)
+    calls = (
+        (fae_cached, (q, k, v, *caches(32), 5, None, SCALE, entropy)),
+        (fae_varlen, (q, k[0], v[0], lens, SCALE, entropy)),
+    )
+    for operator, args in calls:
+        real = operator(*args)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fake = operator(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args))
+        for a, b in zip(real, fake, strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+
+
+def test_a_sample_without_keys() -> None:
+    q, k, v = inputs(9, 14)
+    lens = torch.tensor([0, 0, 14], dtype=torch.int32)
+    out, entropy = fae_varlen(q, k[0], v[0], lens, SCALE, True)
+    assert (out[0] == 0).all() and (entropy[0] == 0).all()
+    want, want_entropy = fae(q[1:], k[:1], v[:1], None, SCALE, True)
+    torch.testing.assert_close(out[1:], want)
+    torch.testing.assert_close(entropy[1:], want_entropy)
+
+
+@pytest.mark.parametrize("entropy", [False, True])
+def test_samples_with_keys_of_their_own_number(entropy: bool) -> None:
+    q, k, v = inputs(9, 14)
+    packed_k, packed_v = (x.transpose(0, 1).reshape(3, 28, 64) for x in (k, v))
+    lens = torch.tensor([0, 5, 5 + 17], dtype=torch.int32)
+    out, measured = fae_varlen(q, packed_k, packed_v, lens, SCALE, entropy)
+    for i, (start, end) in enumerate(((0, 5), (5, 22))):
+        keys, values = packed_k[None, :, start:end], packed_v[None, :, start:end]
+        want, want_entropy = fae_reference(q[i : i + 1], keys, values, None, SCALE)
+        torch.testing.assert_close(out[i : i + 1], want, atol=1e-5, rtol=0)
+        if entropy:
+            torch.testing.assert_close(measured[i : i + 1], want_entropy, atol=1e-5, rtol=0)
+    torch.library.opcheck(fae_varlen, (q, packed_k, packed_v, lens, SCALE, entropy))
+    with pytest.raises(OptionError, match="pack the keys"):
+        fae_varlen(q, k, v, lens, SCALE, entropy)
+
+
 def _step(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> tuple[Tensor, Tensor]:
     out, entropy = fae_cached(q * 2, k, v, k_cache, v_cache, start, None, SCALE, True)
     return out.transpose(1, 2).flatten(2) + 1, entropy
@@ -319,6 +362,7 @@ def test_missing_triton_is_an_error_that_says_so(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(fae_module, "HAS_TRITON", False)
     with pytest.raises(MissingTritonError, match="needs Triton, which is not installed"):
         fae_module._fae_cuda(*inputs(9, 14), None, SCALE, True)
+    monkeypatch.setattr(plain_attention, "attend", plain_attention.by_pytorch)
     out, _ = fae_module._fae_cuda(*inputs(9, 14), None, SCALE, False)
     assert not out.isnan().any()
 
@@ -346,6 +390,24 @@ def test_imports_and_runs_in_a_fresh_process_without_triton() -> None:
     done = subprocess.run([sys.executable, "-c", _BLOCKED], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     assert "_fae_kernel cannot run: Triton is not installed" in done.stdout
+
+
+_FIRST_CALL = """
+import torch
+from toprovar_compile.kernels import fae, fae_reference
+step = torch.compile(lambda q, k, v: fae(q * 2, k, v, None, 0.2, True), fullgraph=True)
+q, k, v = torch.randn(3, 1, 2, 9, 32).unbind(0)
+with torch.no_grad():
+    got = step(q, k, v)
+torch.testing.assert_close(got, fae_reference(q * 2, k, v, None, 0.2), check_stride=False)
+print("checked")
+"""
+
+
+def test_the_first_call_of_a_process_can_be_compiled() -> None:
+    done = subprocess.run([sys.executable, "-c", _FIRST_CALL], capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["checked"]
 
 
 def test_configurations_cover_every_supported_kind() -> None:

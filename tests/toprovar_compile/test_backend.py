@@ -299,10 +299,10 @@ def test_after_an_exception_in_mid_generation(model: VAR, fast: Any) -> None:
     advance = model._advance
 
     @torch.compiler.disable
-    def fail(s: int, *args: Any) -> Any:
+    def fail(s: int, *args: Any, **how: Any) -> Any:
         if s == 3:
             raise ValueError("in mid-generation")
-        return advance(s, *args)
+        return advance(s, *args, **how)
 
     model._advance = fail  # type: ignore[method-assign]
     try:

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from toprovar_compile import bench, calibrate, cli, measure, models
+from toprovar_compile import bench, bench_fae, calibrate, cli, measure, models
 from toprovar_compile.errors import OptionError, PlanError
 from toprovar_compile.measure import Way
 from toprovar_compile.models.var import VAR
@@ -103,6 +103,23 @@ def test_bench_passes_its_options_on(run: Callable[..., Any], tmp_path: Path, mo
     assert seen == [bench.Settings(classes=3, plans=("dense", "exit=4"))]
 
 
+def test_bench_fae_passes_its_options_on(
+    run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bench_fae.Settings] = []
+
+    def fake(settings: bench_fae.Settings, folder: Path, log: object) -> Path:
+        seen.append(settings)
+        path = folder / "r.json"
+        path.write_text(json.dumps({"machine": {"hardware": "none", "precision": "float16"}, "rows": []}))
+        return path
+
+    monkeypatch.setattr(bench_fae, "run", fake)
+    result = run("bench", "fae", "--dtype", "float16", "--models", "var", "--rounds", 5, "-o", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert seen == [bench_fae.Settings(dtype="float16", models="var", rounds=5)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -113,6 +130,7 @@ def test_bench_passes_its_options_on(run: Callable[..., Any], tmp_path: Path, mo
         (("generate", "10", "--model", "tiny"), "there is no class 10"),
         (("generate", "1", "--model", "tiny", "--backend", "toprova"), "did you mean 'toprovar'"),
         (("bench", "emoji-vr"), "did you mean 'emoji-var'"),
+        (("bench", "fae", "--dtype", "bfloat"), "did you mean 'bfloat16'"),
         (("calibrate", "-o", "x", "--model", "tiny", "--set", "tau"), "expected KEY=VALUE"),
         (("calibrate", "-o", "x", "--model", "tiny", "--set", "tua=1"), "did you mean 'tau'"),
     ],
@@ -168,6 +186,7 @@ def test_a_backend_error_is_one_readable_line(monkeypatch: pytest.MonkeyPatch, t
 
 def test_every_command_has_help() -> None:
     runner = CliRunner()
-    for command in ("demo", "generate", "bench", "calibrate", "explain", "doctor"):
-        result = runner.invoke(cli.app, [command, "--help"])
+    commands = [[name] for name in ("demo", "generate", "bench", "calibrate", "explain", "doctor")]
+    for command in (*commands, ["bench", "emoji-var"], ["bench", "fae"]):
+        result = runner.invoke(cli.app, [*command, "--help"])
         assert result.exit_code == 0

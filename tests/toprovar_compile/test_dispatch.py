@@ -52,9 +52,9 @@ class Pair:
         advance = self.model._advance
 
         @torch.compiler.disable
-        def record(s: int, logits: Tensor, *rest: Any) -> Any:
+        def record(s: int, logits: Tensor, *rest: Any, **how: Any) -> Any:
             seen.append(logits)
-            return advance(s, logits, *rest)
+            return advance(s, logits, *rest, **how)
 
         self.model._advance = record  # type: ignore[method-assign]
         try:

@@ -412,9 +412,6 @@ def test_policy_scores_tokens_by_keep_probability() -> None:
 
 def test_make_plan_takes_any_policy() -> None:
     class SkipLast:
-        def score(self, s: int, layer: int, entropy: Tensor) -> Tensor:
-            return torch.ones_like(entropy)
-
         def keep_count(self, s: int, layer: int) -> int:
             return (SCHEDULE.tokens[s], 5, 0)[layer] if s == 3 else SCHEDULE.tokens[s]
 
@@ -424,9 +421,16 @@ def test_make_plan_takes_any_policy() -> None:
         def exits(self, s: int) -> bool:
             return s == 4
 
+        def guided(self, s: int) -> bool:
+            return s < 3
+
+        def scores_by(self) -> Any:
+            return "random"
+
     plan = make_plan(SkipLast(), SCHEDULE, 3, provenance={})
     assert [str(a) for a in plan.scales[3].layers] == ["dense", "prune 5", "skip"]
-    assert plan.exit_scale == 4 and plan.restore == "identity"
+    assert plan.exit_scale == 4 and plan.restore == "identity" and plan.score == "random"
+    assert [s.cfg for s in plan.scales] == [True, True, True, False, True]
 
 
 # thresholds and statistics

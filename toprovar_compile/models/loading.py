@@ -1,4 +1,4 @@
-"""Loading weights: the models shipped in the package and the official VAR checkpoints."""
+"""Loading weights: the models shipped in the package and the official checkpoints of VAR and Infinity."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from safetensors import SafetensorError
@@ -18,11 +18,14 @@ from toprovar_compile.errors import CheckpointError, OptionError, nearest
 from toprovar_compile.models.var import VAR, Sampling, VARConfig
 from toprovar_compile.plan import Plan
 
+if TYPE_CHECKING:
+    from toprovar_compile.models.infinity import Infinity
+
 WEIGHTS = Path(__file__).parent / "weights"
 
 
 def names() -> list[str]:
-    """Names that `load` accepts."""
+    """Names of the shipped models."""
     return sorted(p.parent.name.replace("_", "-") for p in WEIGHTS.glob("*/config.json"))
 
 
@@ -39,14 +42,43 @@ def folder_of(name: str) -> Path:
     return WEIGHTS / name.replace("-", "_")
 
 
-def load(name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VAR:
-    """A shipped model in eval mode, float32 on the CPU unless `device` and `dtype` say otherwise.
+@overload
+def load(name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VAR: ...
+@overload
+def load(
+    name: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    checkpoint: str | Path,
+    vae_checkpoint: str | Path,
+) -> Infinity: ...
+def load(
+    name: str,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    *,
+    checkpoint: str | Path | None = None,
+    vae_checkpoint: str | Path | None = None,
+) -> VAR | Infinity:
+    """A model in eval mode, float32 on the CPU unless `device` and `dtype` say otherwise.
 
-    `class_names` and the default sampling are those of the model. Raises OptionError for an unknown name and
-    CheckpointError for damaged files.
+    A shipped model by its name (see `names`), with its `class_names` and default sampling; or an Infinity,
+    "infinity-2b", "infinity-8b" and so on, from its official files `checkpoint` and `vae_checkpoint`.
+    Raises OptionError for an unknown name and CheckpointError for files that are damaged or of another model.
     """
-    model = load_folder(folder_of(name))
-    return model.to(device=device, dtype=dtype)
+    if not name.startswith("infinity-") and checkpoint is None and vae_checkpoint is None:
+        return load_folder(folder_of(name)).to(device=device, dtype=dtype)
+    if not name.startswith("infinity-") or checkpoint is None or vae_checkpoint is None:
+        raise OptionError(
+            f"{name!r} with checkpoint={checkpoint!r} and vae_checkpoint={vae_checkpoint!r}",
+            where="models.load",
+            expected='"infinity-2b" or the like with both files, or the name of a shipped model with none',
+        )
+    from toprovar_compile.models.infinity_loading import load_infinity  # which reads files as this module does
+
+    size = name.removeprefix("infinity-")
+    return load_infinity(checkpoint, vae_checkpoint, size=size, device=device, dtype=dtype)
 
 
 def load_folder(folder: Path) -> VAR:
@@ -164,7 +196,16 @@ def _transformer_state(state: Mapping[str, Any], where: str) -> dict[str, Tensor
 
 def _fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Give a model built on the meta device its parameters and buffers, or raise before it holds any of them."""
-    wanted = model.state_dict()
+    _check_fit(model.state_dict(), state, where)
+    model.to_empty(device="cpu")
+    model.load_state_dict({k: v.float() for k, v in state.items()})
+    if isinstance(model, VAR):
+        model.reset_constants()
+    model.eval().requires_grad_(False)
+
+
+def _check_fit(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """Raise CheckpointError that names the entries unless `state` has exactly those of `wanted`, of equal shapes."""
     problems = []
     if missing := [k for k in wanted if k not in state]:
         problems.append(f"missing {_some(missing)}")
@@ -184,11 +225,6 @@ def _fill(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
             expected=f"the {len(wanted)} entries of this configuration",
             todo="check that the files belong together and are complete",
         )
-    model.to_empty(device="cpu")
-    model.load_state_dict({k: v.float() for k, v in state.items()})
-    if isinstance(model, VAR):
-        model.reset_constants()
-    model.eval().requires_grad_(False)
 
 
 def _some(items: Iterable[str], limit: int = 6) -> str:

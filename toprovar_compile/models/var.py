@@ -13,6 +13,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from toprovar_compile.errors import OptionError
 from toprovar_compile.models.vqvae import VQVAE, VQVAEConfig
 from toprovar_compile.plan import Plan
+from toprovar_compile.policies.decide import decide
 from toprovar_compile.schedule import ScaleSchedule
 from toprovar_compile.session import generation
 
@@ -313,9 +315,14 @@ class VAR(nn.Module):
             f_hat = x.new_zeros(labels.shape[0], self.cfg.vae.z_channels, side, side)
             keys: list[Tensor] = []
             values: list[Tensor] = []
+            batch, weights = labels.shape[0], self._between_scales()
             for s in session.scales():
+                if x.shape[0] > batch and not session.guided():
+                    x, cond, mod, keys, values = self._conditional_half(batch, x, cond, mod, keys, values)
                 logits, keys, values = self.step(x, cond, mod, keys, values)
-                f_hat, x = self._advance(s, logits, f_hat, rng, sampling, more_smooth)
+                advance = partial(self._advance, s, sampling=sampling, more_smooth=more_smooth)
+                f_hat, x = session.launch((s, sampling, more_smooth), advance, (logits, f_hat), weights, rng)
+                decide(session, f_hat, self.vae.decode)
             return self.vae.decode(f_hat)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -344,9 +351,22 @@ class VAR(nn.Module):
         x = cond.unsqueeze(1) + self.pos_start + self._positions(0, first)
         return x, cond, self.shared_ada_lin(cond), rng
 
+    @staticmethod
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _conditional_half(
+        batch: int, x: Tensor, cond: Tensor, mod: Tensor, keys: list[Tensor], values: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
+        """The first `batch` rows of everything, which a scale without guidance runs on."""
+        return x[:batch], cond[:batch], mod[:batch], [k[:batch] for k in keys], [v[:batch] for v in values]
+
     def _positions(self, start: int, end: int) -> Tensor:
         """Level plus position embedding of the tokens start..end of the whole sequence: (1, end - start, C)."""
         return self.lvl_embed(self.lvl_1L[:, start:end]) + self.pos_1LC[:, start:end]  # type: ignore[no-any-return]
+
+    def _between_scales(self) -> list[Tensor]:
+        """The weights that `_advance` reads."""
+        embeddings = (*self.word_embed.parameters(), *self.lvl_embed.parameters(), self.pos_1LC, self.lvl_1L)
+        return [*self.vae.quantize.parameters(), *self.vae.quantize.buffers(), *embeddings]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _advance(
@@ -354,15 +374,20 @@ class VAR(nn.Module):
         s: int,
         logits: Tensor,
         f_hat: Tensor,
-        rng: torch.Generator | None,
+        rng: torch.Generator | None = None,
+        *,
         sampling: Sampling,
         more_smooth: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Sample scale s from logits (2B, n, V); return the new f_hat and the input (2B, n', C) of the next scale."""
+        """Sample scale s from logits (2B, n, V); return the new f_hat and the input (2B, n', C) of the next scale.
+
+        Logits (B, n, V) are those of the conditional half alone and are not guided; the next input is then (B, n', C).
+        """
         batch, last = f_hat.shape[0], len(self.cfg.patch_nums) - 1
         ratio = s / last if last else 1.0
         t = sampling.cfg * ratio
-        mixed = (1 + t) * logits[:batch] - t * logits[batch:]
+        halves = logits.shape[0] // batch
+        mixed = logits if halves == 1 else (1 + t) * logits[:batch] - t * logits[batch:]
         embedding = self.vae.quantize.embedding
         mixed = filter_logits(mixed, sampling.top_k, sampling.top_p)
         tokens = draw_tokens(mixed, rng)  # also with more_smooth: later draws are then those of the official code
@@ -379,7 +404,7 @@ class VAR(nn.Module):
         start = self.schedule.prior[s + 1]
         x = self.word_embed(nxt.flatten(2).transpose(1, 2))
         x = x + self._positions(start, start + self.schedule.tokens[s + 1])
-        return f_hat, x.repeat(2, 1, 1)
+        return f_hat, x.repeat(halves, 1, 1)
 
     def teacher_forced(self, labels: Tensor, inputs: Tensor) -> Tensor:
         """Training pass: logits (B, L, V) of all scales from labels (B,) and `VQVAE.quantize.teacher_inputs` output.
@@ -428,7 +453,8 @@ def draw_tokens(logits: Tensor, rng: torch.Generator | None) -> Tensor:
     The draws are those of FoundationVision/VAR for the same generator state.
     """
     probs = logits.softmax(-1).view(-1, logits.shape[-1])
-    return torch.multinomial(probs, 1, replacement=True, generator=rng).view(logits.shape[:-1])
+    # torch.multinomial does this for one sample, but waits for the device to check its input.
+    return (probs / torch.empty_like(probs).exponential_(generator=rng)).argmax(-1).view(logits.shape[:-1])
 
 
 def sample_gumbel(logits: Tensor, tau: float, rng: torch.Generator | None) -> Tensor:

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-from torch import Tensor
-
-from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, Restore, ScalePlan
+from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, Restore, ScalePlan, Score
 from toprovar_compile.schedule import ScaleSchedule
 
 __all__ = ["Policy", "make_plan"]
@@ -16,8 +14,8 @@ __all__ = ["Policy", "make_plan"]
 class Policy(Protocol):
     """Decides, for one model, what each layer does at each scale. `make_plan` turns the decisions into a plan."""
 
-    def score(self, s: int, layer: int, entropy: Tensor) -> Tensor:
-        """Keep-probability 0..1 of each token, float32 (B, N), from its entropy (B, N)."""
+    def scores_by(self) -> Score:
+        """What tokens are chosen by."""
         ...
 
     def keep_count(self, s: int, layer: int) -> int:
@@ -32,6 +30,10 @@ class Policy(Protocol):
         """Whether the generation is left before scale `s`."""
         ...
 
+    def guided(self, s: int) -> bool:
+        """Whether scale `s` runs with its unconditional half."""
+        ...
+
 
 def make_plan(
     policy: Policy, schedule: ScaleSchedule, num_layers: int, *, provenance: Mapping[str, Any], **fields: Any
@@ -41,8 +43,17 @@ def make_plan(
     left = False
     for s, n in enumerate(schedule.tokens):
         left = left or policy.exits(s)
-        scales.append(ScalePlan(not left, tuple(_action(policy.keep_count(s, i), n) for i in range(num_layers))))
-    plan = Plan(schedule, num_layers, tuple(scales), restore=policy.restore(), provenance=provenance, **fields)
+        actions = tuple(_action(policy.keep_count(s, i), n) for i in range(num_layers))
+        scales.append(ScalePlan(not left, actions, policy.guided(s)))
+    plan = Plan(
+        schedule,
+        num_layers,
+        tuple(scales),
+        restore=policy.restore(),
+        score=policy.scores_by(),
+        provenance=provenance,
+        **fields,
+    )
     plan.validate_first()
     return plan
 

@@ -122,9 +122,9 @@ def _regions_first(order: Tensor, grid: Grid, share: float) -> Tensor:
     """Tokens (B, N) from best to worst, with the best `share` of each region moved to the front."""
     rows, columns = (torch.arange(side, device=order.device) * _REGIONS // side for side in grid)
     region = (rows[:, None] * _REGIONS + columns).flatten()
-    member = F.one_hot(region, _REGIONS**2)
-    quota = (member.sum(0) * share).floor()
-    ranked = member[order]
-    in_region = (ranked.cumsum(1) * ranked).sum(-1)
+    regions = torch.arange(_REGIONS**2, device=order.device)
+    quota = ((region == regions[:, None]).sum(-1) * share).floor()
+    ranked = region[order].unsqueeze(1) == regions[:, None]  # (B, regions, N): sums along the last dimension are fast
+    in_region = (ranked.cumsum(-1, dtype=torch.int32) * ranked).sum(1)
     free = in_region > quota[region][order]
     return order.gather(1, free.to(torch.uint8).sort(dim=-1, stable=True).indices)

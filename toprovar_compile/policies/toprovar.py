@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from toprovar_compile.errors import OptionError, nearest
-from toprovar_compile.plan import Direction, Normalisation, Plan, Restore, Selection
+from toprovar_compile.kernels import top_singular_values
+from toprovar_compile.plan import Direction, Normalisation, Plan, Restore, Score, Selection
 from toprovar_compile.policies import make_plan
 from toprovar_compile.policies.statistics import Statistics
 from toprovar_compile.policies.tokens import keep_probability
@@ -133,9 +134,7 @@ def low_entropy_share(entropy: Tensor) -> Tensor:
 
 def layer_ratios(maps: Tensor) -> Tensor:
     """First by second singular value of each map: (..., h, w) -> (...), within 1..MAX_RATIO."""
-    values: Tensor = torch.linalg.svdvals(maps.float())
-    if values.shape[-1] < 2:
-        return values.new_full(values.shape[:-1], MAX_RATIO)
+    values = top_singular_values(maps.reshape(-1, *maps.shape[-2:]).float()).view(*maps.shape[:-2], 2)
     first, second = values[..., 0], values[..., 1]
     ratios: Tensor = first / second.clamp_min(torch.finfo(first.dtype).tiny)
     ratios = ratios.where(second > 0, MAX_RATIO).clamp(1, MAX_RATIO)
@@ -231,6 +230,14 @@ class ToProVarPolicy:
     def exits(self, s: int) -> bool:
         """Whether `s` is the scale that the thresholds name."""
         return s == self.thresholds.exit_scale
+
+    def scores_by(self) -> Score:
+        """Attention entropy."""
+        return "entropy"
+
+    def guided(self, s: int) -> bool:
+        """Always: the method leaves guidance alone."""
+        return True
 
 
 def plan_from_statistics(stats: Statistics | Mapping[str, Any], thresholds: Thresholds | None = None) -> Plan:

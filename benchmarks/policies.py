@@ -1,0 +1,96 @@
+"""Compare policies on emoji-VAR: FastVAR, SkipVAR, ToProVAR and other scores, by the eager reference.
+
+    python benchmarks/policies.py --device cuda --minutes 8 --out benchmarks/results
+    python benchmarks/policies.py --device cuda --minutes 9 --timing 4 --images 128 --out OUT   # times plans as well
+    python benchmarks/policies.py --images 16 --training 16 --batch 8 --policies fixed scores --out OUT   # a short look
+
+Writes policies_{cpu,cuda}.json after every plan, and the summary (frontiers, intervals, pairs) and plot at the end,
+which comes at most one plan after `--minutes`. On the CPU an image takes about a second: choose few.
+`--classifier DIR` also asks a classifier what it sees.
+`--tuned plan.json` adds plans that `toprovar tune` wrote. `--update-docs` puts the tables into docs/fidelity.md,
+`--only-docs` does that alone, from the JSON files in --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from toprovar_compile.errors import ToproVarError
+from toprovar_compile.evaluate import compare
+from toprovar_compile.evaluate.tables import markdown
+from toprovar_compile.files import write_bytes
+from toprovar_compile.measure import pick_device
+
+PAGE = Path(__file__).parents[1] / "docs" / "fidelity.md"
+BEGIN, END = "<!-- results: begin (written by benchmarks/policies.py) -->", "<!-- results: end -->"
+
+
+def main() -> int:
+    default = compare.Settings()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=default.model)
+    parser.add_argument("--images", type=int, default=default.images)
+    parser.add_argument("--training", type=int, default=default.training, help="images that train SkipVAR")
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--batch", type=int, default=default.batch)
+    parser.add_argument("--device", default=default.device)
+    parser.add_argument("--minutes", type=float, default=default.minutes, help="start no new plan after this long")
+    parser.add_argument("--timing", type=float, default=default.timing, help="minutes of these for timing")
+    parser.add_argument("--policies", nargs="*", default=[], help="such as fastvar; default: all")
+    parser.add_argument("--search", type=int, default=default.search, help="plans that a search tries; 0: none")
+    parser.add_argument("--tuned", nargs="*", default=[], help="plan files to compare as well")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the JSON and the plot")
+    parser.add_argument("--classifier", type=Path, help="folder with the classifier.pt of examples/train_emoji")
+    parser.add_argument("--update-docs", action="store_true")
+    parser.add_argument("--only-docs", action="store_true")
+    given = vars(parser.parse_args())
+    folder, update, only, classifier = (given.pop(k) for k in ("out", "update_docs", "only_docs", "classifier"))
+    settings = compare.Settings(**{k: tuple(v) if isinstance(v, list) else v for k, v in given.items()})
+    if not only:
+        try:
+            judge = load_judge(classifier, settings.device) if classifier else None
+            print(f"wrote {compare.run(settings, folder, lambda text: print(text, flush=True), judge)}")
+        except ToproVarError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+    if update or only:
+        write_bytes(PAGE, filled(PAGE.read_text(), folder).encode())
+        print(f"wrote {PAGE}")
+    return 0
+
+
+def load_judge(run: Path, device: str) -> compare.Judge:
+    """The classifier that `examples/train_emoji/train_classifier.py` trained in `run`."""
+    sys.path.insert(0, str(PAGE.parents[1] / "examples" / "train_emoji"))
+    from train_classifier import load_classifier
+
+    net = load_classifier(run, pick_device(device))
+    seen: list[Tensor] = []
+    net.head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].cpu()))
+
+    @torch.no_grad()
+    def judge(images: Tensor) -> tuple[Tensor, Tensor]:
+        seen.clear()
+        parts = [net(x.to(next(net.parameters()).device) * 2 - 1).float().cpu() for x in images.split(64)]
+        return torch.cat(parts), torch.cat(seen)
+
+    return judge
+
+
+def filled(page: str, results: Path) -> str:
+    """The page with the tables of every published JSON between its two markers."""
+    head, rest = page.split(BEGIN)
+    _, tail = rest.split(END)
+    files = [path for device in ("cuda", "cpu") if (path := results / f"policies_{device}.json").exists()]
+    sections = [markdown(json.loads(path.read_text())) for path in files] or ["Nothing is published yet."]
+    return "\n\n".join([head + BEGIN, *sections, END + tail])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

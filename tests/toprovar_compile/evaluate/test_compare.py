@@ -1,0 +1,130 @@
+"""The comparison of policies, from end to end on a small model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from toprovar_compile import models
+from toprovar_compile.calibrate import calibrate
+from toprovar_compile.errors import OptionError
+from toprovar_compile.evaluate import candidates, compare
+from toprovar_compile.evaluate.quality import closeness
+from toprovar_compile.evaluate.tables import markdown
+from toprovar_compile.metrics import psnr, ssim
+from toprovar_compile.models.var import VAR
+from toprovar_compile.plan import Plan
+from toprovar_compile.policies.toprovar import Thresholds
+
+LOOSE = Thresholds(beta=1e-4, global_below=0, detail_above=0, representative_scale=2)
+SMALL = compare.Settings(images=3, training=4, batch=2, device="cpu", minutes=5)
+
+
+@pytest.fixture
+def model(make_var: Callable[..., VAR], monkeypatch: pytest.MonkeyPatch) -> VAR:
+    model = make_var(depth=2, patch_nums=(1, 2, 3, 4, 5, 6, 7))
+    model.plan = calibrate(model, prompts=2, thresholds=LOOSE)
+    monkeypatch.setattr(models, "load", lambda name, device: model)
+    return model
+
+
+def test_closeness_is_that_of_metrics() -> None:
+    a, b = torch.rand(2, 3, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    similar, decibels = closeness(a, b)
+    torch.testing.assert_close(similar, ssim(a, b))
+    torch.testing.assert_close(decibels, psnr(a, b))
+    assert closeness(a, a)[1].tolist() == [100.0] * 3
+
+
+def test_a_whole_comparison(model: VAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidates, "SKIPVAR_TARGETS", (0.9,))
+    monkeypatch.setattr(compare, "_DRAWS", 50)
+    mine = tmp_path / "mine.json"
+    Plan.keep_share(model.schedule, 2, 0.5, 5).save(mine)
+    settings = dataclasses.replace(SMALL, policies=("fixed", "fastvar", "skipvar"), tuned=(str(mine),))
+    path = compare.run(settings, tmp_path, lambda text: None)
+    results = json.loads(path.read_text())
+    assert [row["policy"] for row in results["plans"][:2]] == ["tuned", "exit"]
+    for row in results["plans"]:
+        assert len(row["ssim_each"]) == 3 and 0 < row["share"] < 1.0001
+        assert row["ssim"]["low"] <= row["ssim"]["mean"] <= row["ssim"]["high"]
+    assert set(results["ours_against"]) == {"exit", "unguided", "fastvar", "skipvar"}
+    assert results["frontiers"]["exit"] and (tmp_path / "policies_cpu.png").exists()
+    assert (tmp_path / "policies_cpu_worst.png").exists()
+    text = markdown(results)
+    assert "### Ours minus theirs" in text and "| tuned | mine |" in text and "nan" not in text
+    assert len(set(results["labels"])) == 3 and not results["not_measured"]
+    trained = [row for row in results["plans"] if row["policy"] == "skipvar"]
+    assert trained[0]["provenance"]["images"] == 4
+
+
+def test_a_judge_is_asked(model: VAR, tmp_path: Path) -> None:
+    def judge(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.eye(10)[:3], images.flatten(1)
+
+    settings = dataclasses.replace(SMALL, policies=("fixed",))
+    results = json.loads(compare.run(settings, tmp_path, lambda text: None, judge).read_text())
+    right = sum(label == i for i, label in enumerate(results["labels"])) / 3
+    assert results["unpruned"]["named"]["mean"] == pytest.approx(right, abs=1e-4)
+    assert results["unpruned"]["feature_distance"]["mean"] == pytest.approx(0, abs=1e-5)
+    assert all(row["feature_distance"]["mean"] > 0 for row in results["plans"])
+    assert "A classifier of its own" in markdown(results)
+
+
+def test_scores_are_paired(model: VAR, tmp_path: Path) -> None:
+    shapes = [c for c in candidates.shapes(model.schedule, 2) if c.shape == "keep=0.5,from=5,exit=6"]
+    assert [c.policy for c in shapes] == [f"score: {name}" for name in candidates.SCORES]
+    assert len({c.plan.total_share() for c in shapes}) == 1 and len({c.plan.digest() for c in shapes}) == 5
+    rows = [
+        {"policy": c.policy, "name": c.name, "shape": c.shape, "share": 0.5, "ssim_each": [0.9 - i / 10, 0.8 - i / 10]}
+        for i, c in enumerate(shapes)
+    ]
+    pairs = compare.summary(rows)["pairs"]
+    assert [p["entropy_minus"] for p in pairs] == [f"score: {name}" for name in candidates.SCORES[1:]]
+    assert pairs[1]["ssim"] == pytest.approx({"mean": 0.2, "low": 0.2, "high": 0.2}, abs=1e-4)
+
+
+def test_what_time_leaves_out_is_named(model: VAR, tmp_path: Path) -> None:
+    settings = dataclasses.replace(SMALL, policies=("fixed",), minutes=0.0)
+    results: dict[str, Any] = json.loads(compare.run(settings, tmp_path, lambda text: None).read_text())
+    assert not results["plans"] and len(results["not_measured"]) == 8
+
+
+def test_errors(model: VAR, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="no policy 'fastvr'"):
+        compare.run(dataclasses.replace(SMALL, policies=("fastvr",)), tmp_path, lambda text: None)
+    model.plan = None
+    with pytest.raises(OptionError, match="no calibration statistics"):
+        compare.run(SMALL, tmp_path, lambda text: None)
+
+
+def test_a_search_adds_plans(model: VAR, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    settings = dataclasses.replace(SMALL, policies=("tuned",), search=9)
+    results = json.loads(compare.run(settings, tmp_path, lambda text: None).read_text())
+    assert results["plans"] and {row["policy"] for row in results["plans"]} == {"tuned"}
+    assert any("exit=6" in row["name"] for row in results["plans"])
+
+
+def test_candidates_of_the_ablation(model: VAR) -> None:
+    plans = {c.name: c.plan for c in candidates.ablation(compare._statistics(model, "tiny"))}
+    assert len(plans) == 5 + 9 + 10
+    shares = [
+        plans[name].total_share() for name in ("scale", "scale + layer", "scale + layer + token", "scale + token")
+    ]
+    assert plans["fixed exit"].exit_scale == 5 and shares[0] <= shares[1] <= shares[2]
+    assert plans["keep=0.5,identity"].restore == "identity" and plans["keep=0.5,gumbel"].selection == "gumbel"
+    assert plans["keep=0.3,high_entropy tokens"].direction == "high_entropy"
+
+
+def test_candidates_of_toprovar(model: VAR) -> None:
+    assert model.plan is not None
+    found = list(candidates.toprovar(compare._statistics(model, "tiny")))
+    assert {c.policy for c in found} == {"toprovar", "toprovar adaptive"} and len(found) == 10
+    assert found[-1].plan.decisions and found[-1].plan.alternatives

@@ -1,0 +1,1 @@
+"""What plans do to images: quality by the eager reference, comparisons of policies, folders for official evaluators."""

@@ -1,0 +1,345 @@
+"""The comparison of policies: quality of all their plans on the same images, by the eager reference.
+
+Quality is closeness to the unpruned image of the same draws; cost is the share of tokens computed, and where asked for
+the time of the compiled plan. Intervals come from resampling the images, the same resamples for all plans, so that
+differences between plans are those of pairs.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from toprovar_compile import measure, tune
+from toprovar_compile.costs import Costs
+from toprovar_compile.errors import MissingDependencyError, OptionError
+from toprovar_compile.evaluate import candidates
+from toprovar_compile.evaluate.candidates import Candidate
+from toprovar_compile.evaluate.draw import Worst, plot
+from toprovar_compile.evaluate.images import generate, numbers
+from toprovar_compile.evaluate.intervals import Interval, frontier, mean_interval, resamples
+from toprovar_compile.evaluate.quality import closeness
+from toprovar_compile.files import write_json
+from toprovar_compile.plan import Plan
+from toprovar_compile.policies.skipvar import try_strategies
+from toprovar_compile.policies.statistics import Statistics
+
+FORMAT_VERSION = 1
+SHARES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
+"""Costs at which frontiers are compared."""
+
+OURS = ("toprovar", "toprovar adaptive", "tuned", "score: entropy")
+_TRAINING_SEED, _SEARCH_SEED = 10_000, 20_000  # so that seeds of training, search and comparison do not meet
+_TUNED = 10  # plans of a search that are compared
+_TIMED = 8  # images timed for each plan, after as many untimed as compile and record
+_WARMUP = 3
+_PRECISION = {"cpu": "float32", "cuda": "float32, convolutions of the decoder in TF32"}
+_DRAWS = 1000
+
+
+Judge = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""Class scores (N, classes) and features (N, F), on the CPU, of images (N, 3, H, W) in 0..1."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """`images` (class, seed) pairs are compared, `training` others train SkipVAR.
+
+    `minutes` bounds when a new plan may start, `timing` how many of them go to timing compiled plans. `search` is the
+    number of plans that a search for good ones tries, on other draws; 0 for none. `tuned` names plan files.
+    """
+
+    model: str = "emoji-var"
+    images: int = 256
+    training: int = 256
+    seed: int = 0
+    batch: int = 32
+    device: str = "auto"
+    minutes: float = 8.0
+    timing: float = 0.0
+    search: int = 60
+    policies: tuple[str, ...] = ()
+    tuned: tuple[str, ...] = ()
+
+
+def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, judge: Judge | None = None) -> Path:
+    """Compare, writing policies_{cpu,cuda}.json after every plan and the plots at the end; the path of the JSON.
+
+    With a `judge` the share of images that it names rightly is measured too, and the distance of its features to those
+    of the unpruned images, 1 - cosine.
+    Raises OptionError for a model without calibration statistics in its plan.
+    """
+    from toprovar_compile import models
+
+    started = time.monotonic()
+    device = measure.pick_device(settings.device)
+    model = models.load(settings.model, device=device)
+    stats = _statistics(model, settings.model)
+    training, labels = _labels(model, settings)
+    path = folder / f"policies_{device.type}.json"
+    dense = generate(
+        model, Plan.dense(model.schedule, len(model.blocks)), labels, seed=settings.seed, batch=settings.batch
+    )
+    log(f"{len(labels)} images unpruned: {time.monotonic() - started:.0f} s")
+    results: dict[str, Any] = {
+        "version": FORMAT_VERSION,
+        "benchmark": "policies",
+        "model": {"name": settings.model, "fingerprint": model.fingerprint()},
+        "machine": measure.machine(device) | {"precision": _PRECISION[device.type]},
+        "settings": asdict(settings),
+        "labels": labels.tolist(),
+        "sampling": asdict(model.sampling),
+        "plans": [],
+        "not_measured": [],
+    }
+    rows: list[dict[str, Any]] = results["plans"]
+    kept: dict[str, Plan] = {}
+
+    def trials() -> Any:
+        return try_strategies(
+            model,
+            training,
+            seed=settings.seed + _TRAINING_SEED,
+            similarity=lambda a, b: closeness(a, b, device)[0],
+            batch=settings.batch,
+        )
+
+    jury = _jury(judge, labels.cpu(), dense.images)
+    results["unpruned"] = jury(dense.images)
+    worst = Worst()
+    for candidate in _candidates(settings, model, stats, trials, results["not_measured"], log):
+        label = f"{candidate.policy}: {candidate.name}"
+        if time.monotonic() - started > (settings.minutes - settings.timing) * 60:
+            results["not_measured"].append(label)
+            continue
+        begin = time.monotonic()
+        made = generate(model, candidate.plan, labels, seed=settings.seed, batch=settings.batch)
+        similar, decibels = closeness(made.images, dense.images, device)
+        rows.append(_row(candidate, made.shares, similar, decibels) | jury(made.images))
+        kept[candidate.plan.digest()] = candidate.plan
+        worst.offer(candidate, made, similar, dense.images)
+        took = time.monotonic() - begin
+        log(f"{label}: {rows[-1]['share']:.3f} of the tokens, SSIM {similar.mean():.4f}, {took:.1f} s")
+        write_json(path, results)
+    if settings.timing:
+        _time(model, labels, rows, kept, settings, log)
+    results |= summary(rows)
+    write_json(path, results)
+    if rows:
+        plot(results, path.with_suffix(".png"))
+        worst.draw(path.with_name(f"{path.stem}_worst.png"))
+    return path
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Frontiers by policy, our frontier against each of theirs, and the pairs of equal shape, all with intervals."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        families.setdefault(row["policy"], []).append(row)
+    out: dict[str, Any] = {"frontiers": {}, "ours_against": {}, "pairs": []}
+    curves = {name: _curve(members) for name, members in families.items()}
+    ours = [row for name in OURS for row in families.get(name, ())]
+    own = _curve(ours) if ours else None
+    for name, (centre, drawn) in curves.items():
+        out["frontiers"][name] = _intervals(centre, drawn)
+        if own is not None and name not in OURS:
+            out["ours_against"][name] = _intervals(own[0] - centre, own[1] - drawn)
+    if own is not None:
+        out["frontiers"]["ours, all together"] = _intervals(*own)
+    entropy = {row["shape"]: row for row in families.get("score: entropy", ())}
+    for name, members in families.items():
+        for row in members:
+            if row["shape"] in entropy and name != "score: entropy":
+                difference = torch.tensor(entropy[row["shape"]]["ssim_each"]) - torch.tensor(row["ssim_each"])
+                out["pairs"].append(
+                    {"shape": row["shape"], "entropy_minus": name, "ssim": asdict(mean_interval(difference))}
+                )
+    return out
+
+
+def _curve(rows: Sequence[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """The frontier at SHARES of plans, (T,), and of every resample, (D, T). Dense is always among them."""
+    quality = torch.tensor([[*row["ssim_each"]] for row in rows], dtype=torch.float64)
+    quality = torch.cat((quality, torch.ones(1, quality.shape[1], dtype=torch.float64)))
+    share = torch.tensor([row["share"] for row in rows] + [1.0], dtype=torch.float64)
+    at = torch.tensor(SHARES, dtype=torch.float64)
+    drawn = resamples(quality.shape[1], _DRAWS) @ quality.T
+    return frontier(share, quality.mean(1), at), frontier(share.expand_as(drawn), drawn, at)
+
+
+def _intervals(centre: Tensor, drawn: Tensor) -> list[dict[str, Any]]:
+    return [
+        {"share": share, **asdict(Interval.of(c, d))}
+        for share, c, d in zip(SHARES, centre, drawn.T, strict=True)
+        if bool(c.isfinite()) and bool(d.isfinite().all())
+    ]
+
+
+def _row(candidate: Candidate, shares: Tensor, similar: Tensor, decibels: Tensor) -> dict[str, Any]:
+    plan = candidate.plan
+    provenance = {k: v for k, v in plan.provenance.items() if k != "statistics"}
+    return {
+        "policy": candidate.policy,
+        "name": candidate.name,
+        "shape": candidate.shape,
+        "digest": plan.digest(),
+        "provenance": provenance,
+        "share": float(shares.mean()),
+        "share_interval": asdict(mean_interval(shares)),
+        "ssim": asdict(mean_interval(similar)),
+        "ssim_worst": float(similar.min()),
+        "psnr": asdict(mean_interval(decibels)),
+        "ssim_each": numbers(similar),
+        "psnr_each": numbers(decibels, 2),
+        "share_each": numbers(shares) if plan.decisions else None,
+    }
+
+
+def _candidates(
+    settings: Settings,
+    model: Any,
+    stats: Statistics,
+    trials: Callable[[], Any],
+    left_out: list[str],
+    log: Callable[[str], None],
+) -> Iterator[Candidate]:
+    """What is asked for, the cheap ones and the short lists first."""
+    depth, schedule = len(model.blocks), model.schedule
+    for text in settings.tuned:
+        yield Candidate("tuned", Path(text).stem, Plan.load(text))
+    groups: dict[str, Callable[[], Iterator[Candidate]]] = {
+        "fixed": lambda: candidates.fixed(schedule, depth),
+        "fastvar": lambda: candidates.fastvar(schedule, depth),
+        "skipvar": lambda: candidates.skipvar(trials()),
+        "toprovar": lambda: candidates.toprovar(stats),
+        "tuned": lambda: _tuned(settings, model, left_out, log),
+        "scores": lambda: candidates.shapes(schedule, depth),
+        "ablation": lambda: candidates.ablation(stats),
+    }
+    for name in settings.policies:
+        if name not in groups:
+            raise OptionError(f"there is no policy {name!r}", where="policies", expected="one of " + ", ".join(groups))
+    for name, members in groups.items():
+        if not settings.policies or name in settings.policies:
+            yield from members()
+
+
+def _tuned(settings: Settings, model: Any, left_out: list[str], log: Callable[[str], None]) -> Iterator[Candidate]:
+    """The frontier of a search on a few other images, thinned to a handful of plans."""
+    if not settings.search:
+        return
+    chosen = tune.Settings(settings.search, seed=settings.seed + _SEARCH_SEED, images_at_once=settings.batch)
+    costs = Costs.by_tokens(Plan.dense(model.schedule, len(model.blocks)))
+    try:
+        found = tune.frontier_of(tune.search(model, chosen, costs))
+    except MissingDependencyError as error:
+        log(f"no search: {error}")
+        left_out.append("tuned plans (optuna is not installed)")
+        return
+    step = max(1, -(-len(found) // _TUNED))
+    for i, trial in enumerate(found[::step]):
+        yield Candidate("tuned", f"{i}: {_summary(trial.plan)}", trial.plan)
+
+
+def _summary(plan: Plan) -> str:
+    """Depth, exit and end of guidance of a plan that tuning made."""
+    scales = [s for s in range(len(plan.schedule)) if plan.runs(s)]
+    pruned = next((s for s in scales if any(a.kind != "dense" for a in plan.scales[s].layers)), None)
+    unguided = next((s for s in scales if not plan.guided(s)), None)
+    return f"from={pruned},unguided={unguided},exit={plan.exit_scale}"
+
+
+def _jury(judge: Judge | None, labels: Tensor, unpruned: Tensor) -> Callable[[Tensor], dict[str, Any]]:
+    """What the judge says of images, as entries of a row."""
+    if judge is None:
+        return lambda images: {}
+    _, wanted = judge(unpruned)
+
+    def entries(images: Tensor) -> dict[str, Any]:
+        scores, features = judge(images)
+        named = (scores.argmax(1) == labels).float()
+        distance = 1 - torch.nn.functional.cosine_similarity(features.float(), wanted.float())
+        return {"named": asdict(mean_interval(named)), "feature_distance": asdict(mean_interval(distance))}
+
+    return entries
+
+
+def _labels(model: Any, settings: Settings) -> tuple[Tensor, Tensor]:
+    """Classes for training and for the comparison, as far as the model has enough of them all different."""
+    total = settings.training + settings.images
+    generator = torch.Generator().manual_seed(settings.seed)
+    rounds = -(-total // model.cfg.num_classes)
+    order = torch.cat([torch.randperm(model.cfg.num_classes, generator=generator) for _ in range(rounds)])
+    order = order[:total].to(next(model.parameters()).device)
+    return order[: settings.training], order[settings.training :]
+
+
+def _statistics(model: Any, name: str) -> Statistics:
+    found = model.plan.provenance.get("statistics") if model.plan is not None else None
+    if found is None:
+        raise OptionError(
+            f"{name} has no calibration statistics",
+            where="policies",
+            expected="a plan made by calibration",
+            todo="make one: toprovar calibrate",
+        )
+    return Statistics.from_json(found)
+
+
+def _time(
+    model: Any,
+    labels: Tensor,
+    rows: list[dict[str, Any]],
+    plans: dict[str, Plan],
+    settings: Settings,
+    log: Callable[[str], None],
+) -> None:
+    """Seconds an image of compiled plans, batch 1, best first of every policy in turn, until the time is up.
+
+    Code is compiled once and shared; the dense plan is timed first and last, so that drift of the machine shows.
+    """
+    started = time.monotonic()
+    clock = measure.clock(labels.device)
+    fast: measure.Generate = torch.compile(model, backend="toprovar")
+    own, jobs = model.plan, labels[:_TIMED]
+
+    def seconds(plan: Plan) -> float:
+        model.plan = plan
+        with torch.no_grad(), measure.autocast(labels.device):
+            for i in range(_WARMUP):
+                fast(jobs[:1], seed=i)
+            return statistics.median(clock(partial(fast, x.view(1), seed=i))[1] for i, x in enumerate(jobs))
+
+    try:
+        dense = Plan.dense(model.schedule, len(model.blocks))
+        base = seconds(dense)
+        log(f"compiled, dense: {base * 1e3:.1f} ms")
+        for row in _turns(rows):
+            if time.monotonic() - started > settings.timing * 60:
+                break
+            row["seconds"] = seconds(plans[row["digest"]])
+            row["speedup"] = base / row["seconds"]
+            log(f"compiled, {row['policy']}: {row['name']}: {row['seconds'] * 1e3:.1f} ms, {row['speedup']:.2f} x")
+        again = seconds(dense)
+        log(f"compiled, dense again: {again * 1e3:.1f} ms")
+    finally:
+        model.plan = own
+
+
+def _turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row of each policy after another, those of best quality for their cost first."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda r: r["share"] + 2 * (1 - r["ssim"]["mean"])):
+        families.setdefault(row["policy"], []).append(row)
+    out: list[dict[str, Any]] = []
+    for i in range(max(map(len, families.values()), default=0)):
+        out += [members[i] for members in families.values() if i < len(members)]
+    return out

@@ -1,0 +1,89 @@
+"""Plots of comparisons. Needs the "plots" extra; without it nothing is drawn."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from toprovar_compile.demo import to_image
+from toprovar_compile.files import write_bytes, write_png
+
+if TYPE_CHECKING:
+    from toprovar_compile.evaluate.candidates import Candidate
+    from toprovar_compile.evaluate.images import Generated
+
+_SHARE, _COLUMNS, _SIDE, _TITLE = 0.4, 6, 128, 20
+_MARKS = "os^vDPX*<>hp"
+
+
+def plot(results: dict[str, Any], path: Path) -> bool:
+    """Mean SSIM with its interval against the share of tokens computed, one colour a policy: whether it was drawn."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8.5, 5.5), dpi=120)
+    policies = list(dict.fromkeys(row["policy"] for row in results["plans"]))
+    colours = pyplot.get_cmap("tab20")
+    for i, policy in enumerate(policies):
+        rows = [row for row in results["plans"] if row["policy"] == policy]
+        x = [row["share"] for row in rows]
+        y = [row["ssim"]["mean"] for row in rows]
+        below = [r["ssim"]["mean"] - r["ssim"]["low"] for r in rows]
+        above = [r["ssim"]["high"] - r["ssim"]["mean"] for r in rows]
+        look: dict[str, Any] = {"fmt": _MARKS[i % len(_MARKS)], "color": colours(i % 20), "markersize": 5}
+        axes.errorbar(x, y, yerr=[below, above], label=policy, elinewidth=0.8, **look)
+        line = results["frontiers"].get(policy, [])
+        axes.plot([p["share"] for p in line], [p["mean"] for p in line], color=colours(i % 20), linewidth=0.8)
+    axes.set_xlabel("share of the tokens computed")
+    axes.set_ylabel("mean SSIM to the unpruned image, 95 % interval")
+    count = len(results["labels"])
+    axes.set_title(f"{results['model']['name']}, {count} images, {results['machine']['hardware']}", fontsize=9)
+    axes.legend(fontsize=7, loc="lower right")
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    pyplot.close(figure)
+    write_bytes(path, buffer.getvalue())
+    return True
+
+
+class Worst:
+    """The worst images of one plan for each policy, the one whose cost is nearest to `_SHARE`."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, tuple[float, str, list[tuple[float, Tensor, Tensor]]]] = {}
+
+    def offer(self, candidate: Candidate, made: Generated, similar: Tensor, unpruned: Tensor) -> None:
+        """Take the images of a plan if it is nearer than what its policy has."""
+        share = float(made.shares.mean())
+        distance = abs(share - _SHARE)
+        if candidate.policy in self._kept and self._kept[candidate.policy][0] <= distance:
+            return
+        rows = similar.argsort()[:_COLUMNS].tolist()
+        images = [(float(similar[i]), unpruned[i].clone(), made.images[i].clone()) for i in rows]
+        text = f"{candidate.policy}: {candidate.name}, {share:.0%} of the tokens"
+        self._kept[candidate.policy] = (distance, text, images)
+
+    def draw(self, path: Path) -> None:
+        """A sheet with two lines of pictures a policy: unpruned, and below it what the plan made of it."""
+        from PIL import Image, ImageDraw
+
+        height = _TITLE + 2 * _SIDE
+        sheet = Image.new("RGB", (_COLUMNS * _SIDE, height * len(self._kept)), "white")
+        pen = ImageDraw.Draw(sheet)
+        for line, (_, text, images) in enumerate(self._kept.values()):
+            top = line * height
+            values = ", ".join(f"{value:.3f}" for value, _, _ in images)
+            pen.text((4, top + 4), f"{text}; SSIM {values}", fill="black")
+            for column, (_, unpruned, pruned) in enumerate(images):
+                for row, image in enumerate((unpruned, pruned)):
+                    small = to_image(image).resize((_SIDE, _SIDE))
+                    sheet.paste(small, (column * _SIDE, top + _TITLE + row * _SIDE))
+        write_png(path, sheet)

@@ -1,0 +1,96 @@
+"""Comparisons as Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+_SHOWN = (0.2, 0.3, 0.4, 0.5, 0.7)
+
+
+def markdown(results: Mapping[str, Any]) -> str:
+    """All tables of one comparison, as `compare.run` writes it."""
+    machine, count = results["machine"], len(results["labels"])
+    done, left = results["plans"], results["not_measured"]
+    parts = [
+        f"{results['model']['name']}, {count} images, {machine['hardware']}, torch {machine['torch']}, "
+        f"{machine['precision']}; {len(done)} plans. Intervals are 95 %, from resampled images.",
+        _section("Best mean SSIM for at most so many tokens", _frontiers(results["frontiers"])),
+        _section("Ours minus theirs", _against(results["ours_against"])),
+        _section("Entropy minus another score, plans of equal shape", _pairs(results["pairs"])),
+        _section("Every plan", _plans(r for r in done if r["policy"] not in ("ablation",) and not r["shape"])),
+        _section("The parts of the method", _plans(r for r in done if r["policy"] == "ablation")),
+    ]
+    if named := results.get("unpruned", {}).get("named"):
+        parts.append(
+            f"A classifier of its own names {named['mean']:.1%} ({named['low']:.1%}..{named['high']:.1%}) of the "
+            "unpruned images. *named* is that share for a plan; *features* is 1 - cosine between the classifier's "
+            "features of the pruned and the unpruned image."
+        )
+    if left:
+        parts.append("Not measured, for lack of time: " + ", ".join(left) + ".")
+    return "\n\n".join(part for part in parts if part)
+
+
+def _frontiers(frontiers: Mapping[str, Sequence[Mapping[str, float]]]) -> list[list[str]]:
+    rows = [["policy", *(f"{share:.0%}" for share in _SHOWN)]]
+    for name, points in frontiers.items():
+        by_share = {p["share"]: p for p in points}
+        rows.append([name, *(_interval(by_share.get(share)) for share in _SHOWN)])
+    return rows
+
+
+def _against(differences: Mapping[str, Sequence[Mapping[str, float]]]) -> list[list[str]]:
+    rows = [["policy", *(f"{share:.0%}" for share in _SHOWN)]]
+    for name, points in differences.items():
+        by_share = {p["share"]: p for p in points}
+        rows.append([name, *(_interval(by_share.get(share), signed=True) for share in _SHOWN)])
+    return rows
+
+
+def _pairs(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    others = list(dict.fromkeys(p["entropy_minus"] for p in pairs))
+    shapes = list(dict.fromkeys(p["shape"] for p in pairs))
+    found = {(p["shape"], p["entropy_minus"]): p["ssim"] for p in pairs}
+    rows = [["shape", *(name.removeprefix("score: ") for name in others)]]
+    return rows + [[s, *(_interval(found.get((s, o)), signed=True) for o in others)] for s in shapes]
+
+
+def _plans(plans: Iterable[Mapping[str, Any]]) -> list[list[str]]:
+    rows = [["policy", "plan", "tokens", "SSIM", "worst", "PSNR dB", "named", "features", "x dense, compiled"]]
+    for row in plans:
+        speed = f"{row['speedup']:.2f}" if "speedup" in row else "-"
+        rows.append(
+            [
+                row["policy"],
+                row["name"],
+                f"{row['share']:.1%}",
+                _interval(row["ssim"]),
+                f"{row['ssim_worst']:.3f}",
+                f"{row['psnr']['mean']:.2f}",
+                f"{row['named']['mean']:.1%}" if "named" in row else "-",
+                f"{row['feature_distance']['mean']:.3f}" if "feature_distance" in row else "-",
+                speed,
+            ]
+        )
+    return rows
+
+
+def _interval(value: Mapping[str, float] | None, *, signed: bool = False) -> str:
+    if value is None:
+        return "-"
+    sign = "+" if signed else ""
+    return f"{value['mean']:{sign}.4f} ({value['low']:{sign}.4f}..{value['high']:{sign}.4f})"
+
+
+def _section(title: str, rows: list[list[str]]) -> str:
+    """A table under its title, nothing where it would have no rows."""
+    if len(rows) < 2:
+        return ""
+    head, *body = rows
+    rule = "|---|" + "---:|" * (len(head) - 1)
+    return "\n".join([f"### {title}", "", _line(head), rule, *map(_line, body)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

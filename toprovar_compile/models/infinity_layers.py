@@ -1,0 +1,221 @@
+"""The layers of Infinity, under the names of the official checkpoints.
+
+Linear layers and attention run in the dtype of the weights, everything else in float32; see `models.infinity`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from toprovar_compile.models.infinity_config import InfinityConfig
+
+Rows = tuple[Tensor, Tensor]
+Text = tuple[Tensor, Tensor, Tensor]
+_MAX_LOG_SCALE = math.log(100)  # clamp of the learned attention temperature
+
+
+class SelfAttention(nn.Module):
+    """Cosine self-attention over the KV cache and the tokens of this scale, with rotary positions."""
+
+    zero_k_bias: Tensor
+
+    def __init__(self, cfg: InfinityConfig) -> None:
+        super().__init__()
+        c = cfg.embed_dim
+        self.num_heads, self.head_dim = cfg.num_heads, c // cfg.num_heads
+        self.scale_mul_1H11 = nn.Parameter(torch.full((1, cfg.num_heads, 1, 1), math.log(4.0)))
+        self.mat_qkv = nn.Linear(c, 3 * c, bias=False)
+        self.q_bias, self.v_bias = nn.Parameter(torch.zeros(c)), nn.Parameter(torch.zeros(c))
+        self.register_buffer("zero_k_bias", torch.zeros(c))
+        self.proj = nn.Linear(c, c)
+
+    def forward(
+        self, x: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, rows: Rows
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Attend x (B, n, C) to the cache (B, H, p, D) and itself: (out (B, n, C), keys, values (B, H, p + n, D)).
+
+        `rows` are the cosines and sines (B or 1, 1, n, D) of the tokens' positions.
+        """
+        b, n, c = x.shape
+        qkv_bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        qkv = F.linear(x, self.mat_qkv.weight, qkv_bias).view(b, n, 3, self.num_heads, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.float().clamp_max(_MAX_LOG_SCALE).exp()
+        k = F.normalize(k.float(), dim=-1)
+        q, k = rotate(q, *rows).to(v.dtype), rotate(k, *rows).to(v.dtype)
+        if k_cache is not None and v_cache is not None:
+            k, v = torch.cat((k_cache, k), dim=2), torch.cat((v_cache, v), dim=2)
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        return self.proj(out.transpose(1, 2).reshape(b, n, c)), k, v
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair of neighbouring channels of x (B, H, n, D) by the angles of `pair_tables` (B or 1, 1, n, D).
+
+    Written with the neighbour of each channel, and not with halves of the pairs, so that it becomes one kernel with
+    the normalisation before it.
+    """
+    neighbour = x.view(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    turned: Tensor = x * cos + neighbour * sin
+    return turned
+
+
+class CrossAttention(nn.Module):
+    """Attention to the text, whose keys and values are computed once an image; with `pool`, of one learned query."""
+
+    mat_q: Any
+    zero_k_bias: Tensor
+
+    def __init__(self, width: int, text_width: int, num_heads: int, *, pool: bool = False) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = num_heads, width // num_heads
+        self.mat_q = nn.Parameter(torch.zeros(1, num_heads, self.head_dim)) if pool else nn.Linear(width, width)
+        self.mat_kv = nn.Linear(text_width, 2 * width, bias=False)
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.register_buffer("zero_k_bias", torch.zeros(width))
+        self.proj = nn.Linear(width, width)
+
+    def keys_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values (B, H, T, D) of text (B, T, Ct)."""
+        kv = F.linear(text, self.mat_kv.weight, torch.cat((self.zero_k_bias, self.v_bias)))
+        k, v = kv.view(*text.shape[:2], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        return k.contiguous(), v.contiguous()
+
+    def forward(self, x: Tensor, text: Text) -> Tensor:
+        """x (B, n, C) attends to keys and values (B, H, T, D) where the mask, bool (B, 1, 1, T), is true."""
+        q = self.mat_q(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+        return self._attend(q, text)
+
+    def pooled(self, text: Tensor, mask: Tensor) -> Tensor:
+        """One vector (B, C) of text (B, T, Ct)."""
+        k, v = self.keys_values(text)
+        q = self.mat_q.to(k.dtype).unsqueeze(2).expand(k.shape[0], -1, -1, -1)
+        return self._attend(q, (k, v, mask)).squeeze(1)
+
+    def _attend(self, q: Tensor, text: Text) -> Tensor:
+        k, v, mask = text
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh-approximated GELU."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return out
+
+
+class Block(nn.Module):
+    """One layer: self-attention, cross-attention to the text and feed-forward on the residual stream."""
+
+    def __init__(self, cfg: InfinityConfig) -> None:
+        super().__init__()
+        c = cfg.embed_dim
+        self.eps, self.shared_aln = cfg.norm_eps, cfg.shared_aln
+        self.sa = SelfAttention(cfg)
+        self.ca = CrossAttention(c, c, cfg.num_heads)
+        self.ffn = FeedForward(c, cfg.hidden)
+        self.ca_norm = nn.LayerNorm(c, eps=cfg.norm_eps)
+        if cfg.shared_aln:
+            self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, c) / c**0.5)
+        else:
+            self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(c, 6 * c))
+        self.ca_gamma = nn.Parameter(torch.ones(c)) if cfg.ca_gamma else None
+
+    def forward(
+        self,
+        x: Tensor,
+        mod: Tensor,
+        k_cache: Tensor | None,
+        v_cache: Tensor | None,
+        rows: Rows,
+        text: Text,
+        *,
+        mix: tuple[Tensor, bool] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens x (B, n, C); `mod` is the condition (B, C), or with shared AdaLN its modulation (B, 1, 6, C).
+
+        `rows`: see `SelfAttention`; `text`: keys, values and mask of `CrossAttention`. `mix` are the arguments of
+        `mix_halves`, for a layer that CFG is applied at. Returns the tokens (B, n, C) and the keys and values
+        (B, H, p + n, D).
+        """
+        dtype = self.sa.mat_qkv.weight.dtype
+        m = self.ada_gss.float() + mod if self.shared_aln else linear32(self.ada_lin, mod).view(-1, 1, 6, x.shape[-1])
+        gain1, gain2, scale1, scale2, shift1, shift2 = m.unbind(2)
+        h = _norm(x, self.eps) * (scale1 + 1) + shift1
+        a, k, v = self.sa(h.to(dtype), k_cache, v_cache, rows)
+        x = (x + a * gain1).to(x.dtype)
+        norm = self.ca_norm
+        h = F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        a = self.ca(h.to(dtype), text)
+        x = (x + (a if self.ca_gamma is None else a * self.ca_gamma.float())).to(x.dtype)
+        h = _norm(x, self.eps) * (scale2 + 1) + shift2
+        x = (x + self.ffn(h.to(dtype)) * gain2).to(x.dtype)
+        return x if mix is None else mix_halves(x, *mix), k, v
+
+
+def mix_halves(x: Tensor, matrix: Tensor, drop: bool) -> Tensor:
+    """CFG between layers: the halves of x (2B, n, C) mixed by `Guidance.matrix`, with `drop` the first (B, n, C)."""
+    cond, uncond = x.chunk(2)
+    first = matrix[0, 0] * cond + matrix[0, 1] * uncond
+    return first if drop else torch.cat((first, matrix[1, 0] * cond + matrix[1, 1] * uncond))
+
+
+def _norm(x: Tensor, eps: float) -> Tensor:
+    return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+def linear32(layers: nn.Module, x: Tensor) -> Tensor:
+    """SiLU and the last linear layer of `layers`, in float32 whatever its weights are."""
+    linear: Any = layers[-1]  # type: ignore[index]
+    return F.linear(F.silu(x.float()), linear.weight.float(), linear.bias.float())
+
+
+class HeadNorm(nn.Module):
+    """AdaLN before the classifier head, float32."""
+
+    def __init__(self, cfg: InfinityConfig) -> None:
+        super().__init__()
+        self.eps = cfg.norm_eps
+        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(cfg.embed_dim, 2 * cfg.embed_dim))
+
+    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
+        scale, shift = linear32(self.ada_lin, cond).view(-1, 1, 2, x.shape[-1]).unbind(2)
+        return _norm(x, self.eps) * (scale + 1) + shift
+
+
+class TextNorm(nn.Module):
+    """Root-mean-square norm of the text features, float32 inside; the result has the dtype of the weights."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        return (h * torch.rsqrt(h.square().mean(-1, keepdim=True) + self.eps) * self.weight.float()).to(
+            self.weight.dtype
+        )
+
+
+class TextPool(nn.Module):
+    """Attentive pooling of the text into the condition."""
+
+    def __init__(self, text_width: int, width: int) -> None:
+        super().__init__()
+        self.ca = CrossAttention(width, text_width, text_width // (128 if width <= 4096 else 64), pool=True)
+
+    def forward(self, text: Tensor, mask: Tensor) -> Tensor:
+        return self.ca.pooled(text, mask)
