@@ -4,8 +4,10 @@
     python benchmarks/policies.py --device cuda --minutes 9 --timing 4 --images 128 --out OUT   # times plans as well
     python benchmarks/policies.py --images 16 --training 16 --batch 8 --policies fixed scores --out OUT   # a short look
 
-Writes policies_{cpu,cuda}.json after every plan, and the summary (frontiers, intervals, pairs) and plot at the end,
-which comes at most one plan after `--minutes`. On the CPU an image takes about a second: choose few.
+Writes policies_{cpu,cuda}.json after every plan, and the summary (frontiers, intervals, pairs) and plots at the end,
+which comes at most one plan after `--minutes`. What the JSON in OUT already has, of the same images and machine, is
+kept, so that a long comparison can be made in parts: `--policies fixed fastvar skipvar toprovar tuned`, then
+`--policies scores ablation`. On the CPU an image takes about a second: choose few.
 `--classifier DIR` also asks a classifier what it sees.
 `--tuned plan.json` adds plans that `toprovar tune` wrote. `--update-docs` puts the tables into docs/fidelity.md,
 `--only-docs` does that alone, from the JSON files in --out.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -23,9 +26,11 @@ from torch import Tensor
 
 from toprovar_compile.errors import ToproVarError
 from toprovar_compile.evaluate import compare
+from toprovar_compile.evaluate.draw import curves
 from toprovar_compile.evaluate.tables import markdown
 from toprovar_compile.files import write_bytes
 from toprovar_compile.measure import pick_device
+from toprovar_compile.policies.statistics import Statistics
 
 PAGE = Path(__file__).parents[1] / "docs" / "fidelity.md"
 BEGIN, END = "<!-- results: begin (written by benchmarks/policies.py) -->", "<!-- results: end -->"
@@ -60,6 +65,7 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
     if update or only:
+        draw_calibrations(folder)
         write_bytes(PAGE, filled(PAGE.read_text(), folder).encode())
         print(f"wrote {PAGE}")
     return 0
@@ -88,8 +94,21 @@ def filled(page: str, results: Path) -> str:
     head, rest = page.split(BEGIN)
     _, tail = rest.split(END)
     files = [path for device in ("cuda", "cpu") if (path := results / f"policies_{device}.json").exists()]
-    sections = [markdown(json.loads(path.read_text())) for path in files] or ["Nothing is published yet."]
-    return "\n\n".join([head + BEGIN, *sections, END + tail])
+    sections = []
+    for path in files:
+        sections.append(markdown(json.loads(path.read_text())))
+        pictures = (("Frontiers", path.with_suffix(".png")), ("Worst images", path.with_name(f"{path.stem}_worst.png")))
+        sections += [
+            f"![{name}]({os.path.relpath(picture, PAGE.parent)})" for name, picture in pictures if picture.exists()
+        ]
+    return "\n\n".join([head + BEGIN, *(sections or ["Nothing is published yet."]), END + tail])
+
+
+def draw_calibrations(results: Path) -> None:
+    """The picture of all calibrations that `eager_frontier.py` made."""
+    for path in sorted(results.glob("eager_frontier_*.json"))[:1]:
+        found = json.loads(path.read_text())["statistics"]
+        curves([Statistics.from_json(data) for data in found], PAGE.parent / "assets" / "statistics.png")
 
 
 if __name__ == "__main__":

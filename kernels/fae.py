@@ -37,8 +37,8 @@ from torch import Tensor
 
 from toprovar_compile.errors import CacheOverflowError, MissingTritonError, OptionError
 from toprovar_compile.kernels import fae_cpu, plain_attention
-from toprovar_compile.kernels._triton import HAS_TRITON, tl, triton
-from toprovar_compile.report import logger
+from toprovar_compile.kernels._triton import HAS_TRITON, TritonError, tl, triton
+from toprovar_compile.report import counters, logger
 
 _MAX_HEAD_DIM = 256
 _ROW_BUDGET = 1 << 18  # scores alive at once where the CPU form has to write them: 1 MiB, what an L2 cache holds
@@ -72,30 +72,31 @@ class Config:
 
 
 # Keyed by compute capability, then by (bytes per element, padded head dim up to, has a bias). Tuned on sm_90 only; for
-# the others, shared memory and registers were checked by compiling for the target.
+# the others, shared memory and registers were checked by compiling for the target. In float32 three products stand for
+# one, and head dimensions of 128 and more spill registers in every configuration.
 _FP32 = {
-    (4, 64, False): Config(64, 32, 4, 2),
+    (4, 64, False): Config(64, 16, 4, 2),
     (4, 128, False): Config(32, 32, 8, 2),
     (4, 256, False): Config(16, 16, 4, 2),
-    (4, 64, True): Config(64, 32, 4, 2),
+    (4, 64, True): Config(64, 16, 4, 2),
     (4, 128, True): Config(32, 32, 8, 2),
     (4, 256, True): Config(16, 16, 4, 2),
 }
 # The tile of bias lives in registers next to the tile of scores.
 _BIASED = {
     (2, 64, True): Config(128, 64, 8, 2),
-    (2, 128, True): Config(64, 32, 4, 2),
-    (2, 256, True): Config(64, 32, 8, 2),
+    (2, 128, True): Config(128, 32, 8, 2),
+    (2, 256, True): Config(32, 32, 8, 2),
 }
 _SM80 = {
     (2, 64, False): Config(128, 64, 8, 3),
-    (2, 128, False): Config(128, 64, 8, 3),
-    (2, 256, False): Config(64, 32, 8, 2),
+    (2, 128, False): Config(128, 32, 8, 3),
+    (2, 256, False): Config(32, 32, 8, 2),
 }
 _SM86 = {
     (2, 64, False): Config(128, 64, 8, 2),
-    (2, 128, False): Config(64, 64, 4, 2),
-    (2, 256, False): Config(64, 32, 8, 2),
+    (2, 128, False): Config(128, 32, 8, 3),
+    (2, 256, False): Config(32, 32, 8, 2),
 }
 _SM90 = {  # only where the kernel of fae_hopper.py does not serve
     (2, 64, False): Config(128, 64, 8, 3),
@@ -265,9 +266,7 @@ def _launch_fae(
     out = _empty_out(q)
     entropy = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
     bias = bias if bias is None else bias.expand(b, h, n, m)
-    hopper = _hopper_kernel(q.device) if lens is None else None
-    if hopper is not None and hopper.fits(q, k, v, bias, scale):
-        hopper.launch(q, k, v, bias, out, scale, entropy)
+    if lens is None and _on_hopper(q, k, v, bias, out, scale, entropy):
         return out, entropy.mean(1)
     kind, mask = 0, q.new_empty(()).expand(b, h, n, m)  # not read
     if bias is not None:
@@ -363,25 +362,52 @@ def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) 
 
 
 @cache
-def _hopper_kernel(device: torch.device) -> ModuleType | None:
-    """The kernel for compute capability 9.0, None on other devices and where Triton lacks what it is written in."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
-        return None
+def _hopper_kernel() -> ModuleType | None:
+    """The kernel for compute capability 9.0, None where Triton lacks what it is written in."""
     try:
         return import_module("toprovar_compile.kernels.fae_hopper")
     except (ImportError, AttributeError) as error:
-        logger.warning("attention with entropy takes the slower portable kernel: Triton lacks Gluon (%s)", error)
+        _give_up_hopper(error)
         return None
+
+
+_hopper_works = True
+
+
+def _give_up_hopper(error: Exception) -> None:
+    global _hopper_works
+    _hopper_works = False
+    reason = f"attention takes the slower portable kernel: this Triton does not build fae_hopper.py ({error!r:.200})"
+    counters.add("fallback", reason)
+    logger.warning(reason)
+
+
+def _on_hopper(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, scale: float, entropy: Tensor | None
+) -> bool:
+    """Run the kernel for compute capability 9.0 if it serves this device and these inputs; whether it did.
+
+    `bias` is expanded to (B, H, n, m).
+    """
+    if not _hopper_works or not q.is_cuda or torch.cuda.get_device_capability(q.device) != (9, 0):
+        return False
+    hopper = _hopper_kernel()
+    if hopper is None or not hopper.fits(q, k, v, bias, scale):
+        return False
+    try:
+        hopper.launch(q, k, v, bias, out, scale, entropy)
+    except TritonError as error:  # Gluon is young, and changes between versions
+        _give_up_hopper(error)
+        return False
+    return True
 
 
 def _without_entropy(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Our kernel, its entropy left out: a candidate of `plain_attention`."""
-    hopper = _hopper_kernel(q.device)
-    bias = bias if bias is None else bias.expand(*q.shape[:3], k.shape[2])
-    if hopper is None or not hopper.fits(q, k, v, bias, scale):
-        raise NotImplementedError("for compute capability 9.0, half precision, no bias but a mask of keys")
     out = _empty_out(q)
-    hopper.launch(q, k, v, bias, out, scale, None)
+    bias = bias if bias is None else bias.expand(*q.shape[:3], k.shape[2])
+    if not _on_hopper(q, k, v, bias, out, scale, None):
+        raise NotImplementedError("for compute capability 9.0, half precision, no bias but a mask of keys")
     return out
 
 

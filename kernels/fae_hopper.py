@@ -31,6 +31,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+# Triton 3.9 has other names for the copies.
+_copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_copy_out = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 MAX_HEAD_DIM = 256
 _ROWS = 64  # of one warpgroup
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -139,17 +142,17 @@ def _load(
     """The loading warp: queries, then tiles of keys and values from the last to the first."""
     mbarrier.expect(q_full, CONSUMERS * q_desc.block_type.nbytes)
     for w in gl.static_range(CONSUMERS):
-        tma.async_copy_global_to_shared(q_desc, [b, h, row + w * 64, 0], q_full, q_smem.index(w))
+        _copy_in(q_desc, [b, h, row + w * 64, 0], q_full, q_smem.index(w))
     for j in range(tiles):
         at = (tiles - 1 - j) * BN
         stage = j % STAGES
         free = ((j // STAGES) & 1) ^ 1
         mbarrier.wait(k_empty.index(stage), free)
         mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(k_desc, [b, h, at, 0], k_full.index(stage), k_smem.index(stage))
+        _copy_in(k_desc, [b, h, at, 0], k_full.index(stage), k_smem.index(stage))
         mbarrier.wait(v_empty.index(stage), free)
         mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        tma.async_copy_global_to_shared(v_desc, [b, h, at, 0], v_full.index(stage), v_smem.index(stage))
+        _copy_in(v_desc, [b, h, at, 0], v_full.index(stage), v_smem.index(stage))
 
 
 @gluon.jit
@@ -271,7 +274,7 @@ def _consume(
     out = acc / gl.convert_layout(total, A_ROWS)[:, None]
     q.store(out.to(dtype))  # this warpgroup alone reads these rows
     fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [b, h, row + W * 64, 0], q_smem.index(W))
+    _copy_out(out_desc, [b, h, row + W * 64, 0], q_smem.index(W))
     if ENTROPY:
         rows = row + W * 64 + gl.arange(0, 64, S_ROWS)
         energy = gl.convert_layout(gl.sum(row_ent, 1), S_ROWS)

@@ -38,6 +38,7 @@ Candidate = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
 
 _FALLBACK = "pytorch"
 _ROUNDS = 7
+_TOLERANCE = 0.05  # of the largest value: several roundings to bfloat16
 _SWITCHES = {"cudnn": "c", "flash": "f", "efficient": "e"}  # letters of ShapeClass.switches
 
 
@@ -82,6 +83,8 @@ class Choice:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attention by the winner of the class of these inputs, which is measured first where it is not known."""
+    if scale <= 0.0:  # several kernels take maxima before they scale
+        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     return _candidate(_winner(q, k, v, bias, scale))(q, k, v, bias, scale)
 
 
@@ -110,6 +113,7 @@ def by_pytorch(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: floa
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    _half_only(q)
     attention = torch.ops.aten._scaled_dot_product_cudnn_attention.default
     return _finish(attention(q, k, v, additive(q, k, bias), False, 0.0, False, False, scale=scale)[0], bias)
 
@@ -117,7 +121,14 @@ def _cudnn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -
 def _flash(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     if bias is not None:
         raise NotImplementedError("takes no bias")
+    _half_only(q)
     return _finish(torch.ops.aten._scaled_dot_product_flash_attention.default(q, k, v, scale=scale)[0], None)
+
+
+def _half_only(q: Tensor) -> None:
+    """cuDNN's operator, called past PyTorch's checks, reads float32 as if it were half precision."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise NotImplementedError(f"takes no {q.dtype}")
 
 
 def _efficient(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -207,9 +218,15 @@ def _power_of_two(size: int) -> int:
 def _measure(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, kind: ShapeClass) -> Choice:
     ms: dict[str, float] = {}
     failed: dict[str, str] = {}
+    right = by_pytorch(q, k, v, bias, scale)
+    tolerance = _TOLERANCE * max(float(right.abs().max()), 1e-6)
 
     def time(name: str, run: Candidate) -> None:
         try:
+            off = float((run(q, k, v, bias, scale) - right).abs().max())
+            if not off <= tolerance:  # also where it is nan
+                failed[name] = f"its result is off by {off:.1e}"
+                return
             ms[name] = time_ms(lambda: run(q, k, v, bias, scale), q.device)
         except torch.OutOfMemoryError:
             raise

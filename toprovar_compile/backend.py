@@ -117,6 +117,6 @@ def _plain(
         lane = current_lane() if graphable and moving and args[moving[0]].is_cuda else None
         if lane is None:
             return call(*args)
-        return lane.run(Scale.stateless((id(report), "plain"), lambda given: list(call(*given)), moving), args)
+        return lane.run(Scale.stateless((call, "plain"), lambda given: list(call(*given)), moving), args)
 
     return run

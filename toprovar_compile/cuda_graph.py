@@ -17,7 +17,8 @@ from torch import Tensor
 
 from toprovar_compile.report import counters, logger
 
-_MAX_IDLE_LANES = 4
+_MAX_IDLE_LANES = 2
+_MAX_GROUPS = 4  # plans whose graphs a lane keeps
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,9 @@ class Scale:
     `run(args)` may change Python state, which `save` and `restore` read and set.
     `key` is (program, scale). Of the arguments, those in `moving` are copied to a fixed place before each run, all
     others must stay where they are. `condition` are the moving ones whose unchanged value lets `run` reuse what it
-    computed at an earlier scale. `generator`, if given, is what `run` draws from; it is handed to `run` as a second
-    argument, because a graph draws from a generator of its own, which follows that one.
+    computed at an earlier scale. Graphs of a `group` (a plan) are freed together. `generator`, if given, is what `run`
+    draws from; it is handed to `run` as a second argument, because a graph draws from a generator of its own, which
+    follows that one.
     """
 
     key: tuple[Hashable, Hashable]
@@ -38,6 +40,7 @@ class Scale:
     moving: Collection[int]
     condition: Collection[int] = ()
     generator: torch.Generator | None = None
+    group: Hashable = None
 
     @classmethod
     def stateless(
@@ -76,6 +79,8 @@ class Lane:
     _inputs: dict[Hashable, Tensor] = field(default_factory=dict)
     _sources: dict[Hashable, tuple[Tensor, int]] = field(default_factory=dict)
     _checked: set[Hashable] = field(default_factory=set)
+    _groups: dict[Hashable, set[Hashable]] = field(default_factory=dict)
+    _owned: set[int] = field(default_factory=set)
     _generator: torch.Generator | None = None
     _pool: Any = None
 
@@ -85,6 +90,7 @@ class Lane:
         if key not in self.buffers:
             with torch.inference_mode(False):  # a lane outlives the mode that it was made in
                 self.buffers[key] = torch.empty(shape, dtype=dtype, device=device)
+            self._owned.add(self.buffers[key].data_ptr())
         return self.buffers[key]
 
     def begin(self) -> None:
@@ -95,6 +101,7 @@ class Lane:
     def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
         """`scale.run(args)`, captured or replayed where that is possible."""
         key = (scale.key, tuple((tuple(args[i].shape), args[i].dtype) for i in scale.moving))
+        self._groups[scale.group] = self._groups.pop(scale.group, set())  # the latest is last
         known = self._graphs.get(key)
         if known is not None:
             reason = self._moved(scale, known, args)
@@ -152,8 +159,18 @@ class Lane:
             torch.set_autocast_cache_enabled(caching)
         self._replay(graph, scale)
         self._graphs[key] = _Captured(graph, fixed, [_place(a) for a in fixed], outputs, scale.save(), not fresh)
+        self._groups[scale.group].add(key)
         counters.add("cuda_graph_captured")
+        self._free_groups()
         return self._hand_out(outputs)
+
+    def _free_groups(self) -> None:
+        """Free the graphs of the plans that were not used for longest; they are captured anew when they come back."""
+        named = [group for group in self._groups if group is not None]
+        for group in named[:-_MAX_GROUPS]:
+            for key in self._groups.pop(group):
+                del self._graphs[key]
+            counters.add("cuda_graph_freed", "more plans in turn than a lane keeps graphs of")
 
     def _replay(self, graph: torch.cuda.CUDAGraph, scale: Scale) -> None:
         if scale.generator is None:
@@ -175,6 +192,8 @@ class Lane:
         for i, (a, b, place) in enumerate(zip(args, known.inputs, known.places, strict=True)):
             if (checked and a is b) or i in scale.moving:
                 continue
+            if a is b and isinstance(a, Tensor) and a.data_ptr() == place[0]:
+                continue  # Dynamo guards the sizes and strides of what it holds itself
             if _place(a) != place:
                 kind = (
                     "a weight or a cache is not where it was" if isinstance(a, Tensor) else "a size is not what it was"
@@ -202,8 +221,7 @@ class Lane:
 
     def _hand_out(self, outputs: Sequence[Any]) -> list[Any]:
         """The outputs, copied where the next replay would overwrite them under the caller."""
-        ours = {b.data_ptr() for b in self.buffers.values()}
-        return [out.clone() if isinstance(out, Tensor) and out.data_ptr() not in ours else out for out in outputs]
+        return [o.clone() if isinstance(o, Tensor) and o.data_ptr() not in self._owned else o for o in outputs]
 
 
 def _place(value: Any) -> Any:

@@ -221,7 +221,7 @@ class StepState:
         self.follow(plan)
         self.layers = [LayerState() for _ in range(count)]
         self.prologues: dict[int, _Prologue] = {}
-        key = (count, self.digest, session.schedule if session else None)
+        key = (count, session.schedule if session else None)
         self.lane = lanes.take(key) if session is not None else Lane()
         if session is not None:
             session.on_close.append(lambda: lanes.give(key, self.lane))
@@ -234,13 +234,22 @@ class StepState:
         self.deltas = plan.keeps_delta() if plan else frozenset()
         self.digest = plan.digest() if plan else None
 
-    def save(self) -> list[LayerState]:
+    def save(self) -> _Saved:
         """A copy of what steps change, tensors shared."""
-        return [replace(layer, buffers=list(layer.buffers), lengths=list(layer.lengths)) for layer in self.layers]
+        layers = [replace(layer, buffers=list(layer.buffers), lengths=list(layer.lengths)) for layer in self.layers]
+        return _Saved(layers, tuple(self.prologues.values()))
 
-    def restore(self, layers: list[LayerState]) -> None:
+    def restore(self, saved: _Saved) -> None:
         """Set what `save` returned; it stays as it is."""
-        self.layers = [replace(s, buffers=list(s.buffers), lengths=list(s.lengths)) for s in layers]
+        self.layers = [replace(s, buffers=list(s.buffers), lengths=list(s.lengths)) for s in saved.layers]
+
+
+@dataclass(frozen=True)
+class _Saved:
+    """State of the layers. Graphs that were captured later read `prologues`: their memory must not be given away."""
+
+    layers: list[LayerState]
+    prologues: tuple[_Prologue, ...]
 
 
 @dataclass(frozen=True)
@@ -356,12 +365,13 @@ class StepProgram:
             return self._run(args, plan, state)
         state.session.graphs = state.lane.call
         scale = Scale(
-            (id(self), (state.digest, state.session.scale)),
+            (self, (state.digest, state.session.scale)),
             lambda given: self._run(given, plan, state),
             state.save,
             state.restore,
             self.moving,
             self.condition,
+            group=state.digest,
         )
         return state.lane.run(scale, args)
 

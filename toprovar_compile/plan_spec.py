@@ -28,7 +28,8 @@ def parse_plan(text: str, schedule: ScaleSchedule, num_layers: int, shipped: Pla
 
     "auto" is `shipped`; "dense" the lossless plan; what holds "=" a description in the words of `Plan.keep_share`:
     "keep=0.4,from=8,layers=2-13,exit=9,restore=identity", where keep may list a share for each scale from `from` on
-    ("keep=0.5/0.3"), and unguided names the first scale that runs on the conditional half alone. Anything else is read as a file. Raises OptionError or PlanError.
+    ("keep=0.5/0.3"), and unguided names the first scale that runs on the conditional half alone. Anything else is read
+    as a file. Raises OptionError or PlanError.
     """
     if text == "dense":
         return Plan.dense(schedule, num_layers)

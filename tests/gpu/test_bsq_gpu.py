@@ -58,16 +58,13 @@ def test_a_cuda_graph_draws_on() -> None:
         assert torch.equal(bits, sample_bits(x, 900, 0.97, other))
 
 
-def test_decoding_compiles_in_bfloat16_and_channels_last() -> None:
+def test_decoding_compiles_in_bfloat16() -> None:
     torch.manual_seed(0)
     vae: Any = BSQVAE(BSQVAEConfig(16, 64, (1, 2), 1)).eval().requires_grad_(False).cuda()
     summed = torch.randn(1, 16, 32, 32, device="cuda")
     want = vae.decode(summed)
     got = torch.compile(vae.bfloat16().decode, fullgraph=True)(summed)
     assert got.dtype == torch.bfloat16 and got.shape == (1, 3, 64, 64)
-    assert vae.decoder(summed.bfloat16().to(memory_format=torch.channels_last)).is_contiguous(
-        memory_format=torch.channels_last
-    )
     torch.testing.assert_close(got.float(), want, atol=DECODED, rtol=0)
 
 

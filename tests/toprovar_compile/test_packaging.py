@@ -111,7 +111,7 @@ def test_constraints_pin_what_the_project_names() -> None:
     project = whole["project"]
     extras = project["optional-dependencies"]
     named = whole["build-system"]["requires"] + project["dependencies"]
-    named += [d for extra in ("metrics", "plots", "report", "dev") for d in extras[extra]]
+    named += [d for extra in ("metrics", "plots", "report", "tune", "dev") for d in extras[extra]]
     direct = {d.split(">=")[0].lower() for d in named if not d.startswith("toprovar_compile")}
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and line[0] != "#"]
     assert {line.split("==")[0] for line in lines} == direct

@@ -29,6 +29,12 @@ def test_one_share_for_each_scale() -> None:
     assert parse_plan("keep=0.5/0.25,from=2", SCHEDULE, 3) == Plan.keep_share(SCHEDULE, 3, {2: 0.5, 3: 0.25}, 2)
 
 
+def test_scores_and_the_end_of_guidance() -> None:
+    plan = parse_plan("keep=0.5,from=2,score=random,seed=3,unguided=3", SCHEDULE, 3)
+    assert plan == Plan.keep_share(SCHEDULE, 3, 0.5, 2, score="random", seed=3, unguided_from=3)
+    assert [plan.guided(s) for s in range(4)] == [True, True, True, False]
+
+
 def test_only_an_exit() -> None:
     plan = parse_plan("exit=3", SCHEDULE, 3)
     assert plan.exit_scale == 3

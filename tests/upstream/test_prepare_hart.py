@@ -190,6 +190,11 @@ def test_a_plan_changes_only_what_it_prunes(make: Make) -> None:
     assert any("prune" in line for graph in report.graphs for line in graph.variants())
     assert not [event for event in report.events if event.startswith(("guard_miss", "fallback"))]
     assert 0.001 < (report.result - want).abs().mean() < 0.2
+    unguided = Plan.keep_share(plan.schedule, 2, 0.5, 3, bucket=1, fingerprint=plan.model, unguided_from=2)
+    early = Plan.keep_share(plan.schedule, 2, 1.0, 3, fingerprint=plan.model, exit_scale=3)
+    for other in (unguided, early):
+        with accelerate(model, other):
+            assert not torch.equal(generate(model), want)
 
 
 def test_half_precision_under_autocast(make: Make) -> None:
@@ -205,7 +210,11 @@ def test_half_precision_under_autocast(make: Make) -> None:
 def test_what_is_not_taken_over_is_refused(make: Make) -> None:
     with pytest.raises(UnsupportedModelError, match="attn_type='gpt2'"):
         tv.prepare(make(attn_type="gpt2"))
-    model = make(**LLAMA)
+    model, other = make(**LLAMA), make(**LLAMA)
+    with accelerate(other):
+        other.blocks[1] = model.blocks[1]
+        with pytest.raises(UnsupportedModelError, match="were exchanged"):
+            generate(other)
     with accelerate(model), pytest.raises(OptionError, match="context_mask are needed"):
         model.autoregressive_infer_cfg(1, torch.zeros(1, CONTEXT, WIDTH))
     with accelerate(model), pytest.raises(OptionError, match="label_B has shape"):

@@ -60,8 +60,8 @@ class _Float32Torch:
 
 @pytest.fixture(scope="module")
 def make() -> Iterator[Make]:
-    """Builds a small official model and its tokenizer."""
-    with infinity_official.imported(ROOT) as build:
+    """Builds a small official model and its tokenizer; flash-attn is stood in for where it is missing."""
+    with tv.shims("flash_attn"), infinity_official.imported(ROOT) as build:
         importlib.import_module("infinity.models.basic").torch = _Float32Torch()
 
         def official(cfg: InfinityConfig = TINY, seed: int = 1) -> infinity_official.Official:

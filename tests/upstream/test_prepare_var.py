@@ -35,7 +35,7 @@ pytestmark = [
 PATCH_NUMS = (1, 2, 3, 4)
 TOLERANCE = 2e-5  # float32; another order of sums
 FRAMES = 4  # steps of one token, of the first cache, of all other scales; the decoder
-FRAMES_OF_OTHER_BATCHES = 99
+FRAMES_OF_OTHER_BATCHES = 4  # once, for all of them
 
 Make = Callable[..., Any]
 
@@ -52,10 +52,14 @@ def make() -> Iterator[Make]:
     try:
         models = importlib.import_module("models")
 
-        def build(seed: int = 0, **options: Any) -> Any:
-            vae = models.VQVAE(64, 8, 32, v_patch_nums=PATCH_NUMS)
-            options = {"num_classes": 10, "depth": 2, "embed_dim": 64, "num_heads": 2, "attn_l2_norm": True} | options
-            model = models.VAR(vae, patch_nums=PATCH_NUMS, drop_path_rate=0.1, **options)
+        def build(seed: int = 0, *, full_size: bool = False, **options: Any) -> Any:
+            if full_size:
+                vae = models.VQVAE(4096, 32, 160)
+                model = models.VAR(vae, depth=16, attn_l2_norm=True)
+            else:
+                small = {"num_classes": 10, "depth": 2, "embed_dim": 64, "num_heads": 2, "attn_l2_norm": True}
+                vae = models.VQVAE(64, 8, 32, v_patch_nums=PATCH_NUMS)
+                model = models.VAR(vae, patch_nums=PATCH_NUMS, drop_path_rate=0.1, **small | options)
             randomise(model, seed)
             randomise(vae, seed)
             return model.eval()
@@ -246,6 +250,15 @@ def test_half_precision_under_autocast(make: Make) -> None:
             got = generate(model, cfg=1.0, top_k=1)
     assert got.dtype == want.dtype
     assert (got.float() - want.float()).abs().mean() < 0.05  # a token may flip where two logits are equal in bfloat16
+
+
+@pytest.mark.slow
+def test_full_size_d16(make: Make) -> None:
+    model = make(full_size=True)
+    sampling = {"cfg": 4.0, "top_k": 900, "top_p": 0.95}
+    want = generate(model, 1, **sampling)
+    with accelerate(model):
+        close(generate(model, 1, **sampling), want)
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ differences between plans are those of pairs.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,6 +74,7 @@ class Settings:
 def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, judge: Judge | None = None) -> Path:
     """Compare, writing policies_{cpu,cuda}.json after every plan and the plots at the end; the path of the JSON.
 
+    Plans that the file in `folder` has, of the same images and machine, are kept and not measured again.
     With a `judge` the share of images that it names rightly is measured too, and the distance of its features to those
     of the unpruned images, 1 - cosine.
     Raises OptionError for a model without calibration statistics in its plan.
@@ -100,7 +102,11 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, ju
         "plans": [],
         "not_measured": [],
     }
+    jury = _jury(judge, labels.cpu(), dense.images)
+    results["unpruned"] = jury(dense.images)
     rows: list[dict[str, Any]] = results["plans"]
+    rows += _measured_before(path, results)
+    known = {(row["policy"], row["name"], row["digest"]) for row in rows}
     kept: dict[str, Plan] = {}
 
     def trials() -> Any:
@@ -112,11 +118,12 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, ju
             batch=settings.batch,
         )
 
-    jury = _jury(judge, labels.cpu(), dense.images)
-    results["unpruned"] = jury(dense.images)
     worst = Worst()
     for candidate in _candidates(settings, model, stats, trials, results["not_measured"], log):
-        label = f"{candidate.policy}: {candidate.name}"
+        label, digest = f"{candidate.policy}: {candidate.name}", candidate.plan.digest()
+        kept[digest] = candidate.plan
+        if (candidate.policy, candidate.name, digest) in known:
+            continue
         if time.monotonic() - started > (settings.minutes - settings.timing) * 60:
             results["not_measured"].append(label)
             continue
@@ -124,7 +131,6 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, ju
         made = generate(model, candidate.plan, labels, seed=settings.seed, batch=settings.batch)
         similar, decibels = closeness(made.images, dense.images, device)
         rows.append(_row(candidate, made.shares, similar, decibels) | jury(made.images))
-        kept[candidate.plan.digest()] = candidate.plan
         worst.offer(candidate, made, similar, dense.images)
         took = time.monotonic() - begin
         log(f"{label}: {rows[-1]['share']:.3f} of the tokens, SSIM {similar.mean():.4f}, {took:.1f} s")
@@ -137,6 +143,19 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, ju
         plot(results, path.with_suffix(".png"))
         worst.draw(path.with_name(f"{path.stem}_worst.png"))
     return path
+
+
+def _measured_before(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of an earlier run whose conditions were those of `results`."""
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text())
+    same = ("version", "model", "machine", "labels", "sampling", "unpruned")
+    settings = all(old["settings"].get(k) == results["settings"][k] for k in ("training", "seed", "batch"))
+    if not settings or any(old.get(k) != results.get(k) for k in same):
+        return []
+    rows: list[dict[str, Any]] = old["plans"]
+    return rows
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -322,7 +341,7 @@ def _time(
         dense = Plan.dense(model.schedule, len(model.blocks))
         base = seconds(dense)
         log(f"compiled, dense: {base * 1e3:.1f} ms")
-        for row in _turns(rows):
+        for row in _turns([r for r in rows if r["digest"] in plans]):
             if time.monotonic() - started > settings.timing * 60:
                 break
             row["seconds"] = seconds(plans[row["digest"]])

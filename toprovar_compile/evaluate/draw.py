@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from toprovar_compile.files import write_bytes, write_png
 if TYPE_CHECKING:
     from toprovar_compile.evaluate.candidates import Candidate
     from toprovar_compile.evaluate.images import Generated
+    from toprovar_compile.policies.statistics import Statistics
 
 _SHARE, _COLUMNS, _SIDE, _TITLE = 0.4, 6, 128, 20
 _MARKS = "os^vDPX*<>hp"
@@ -21,13 +23,9 @@ _MARKS = "os^vDPX*<>hp"
 
 def plot(results: dict[str, Any], path: Path) -> bool:
     """Mean SSIM with its interval against the share of tokens computed, one colour a policy: whether it was drawn."""
-    try:
-        import matplotlib
-    except ImportError:
+    pyplot = _pyplot()
+    if pyplot is None:
         return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     figure, axes = pyplot.subplots(figsize=(8.5, 5.5), dpi=120)
     policies = list(dict.fromkeys(row["policy"] for row in results["plans"]))
     colours = pyplot.get_cmap("tab20")
@@ -46,11 +44,34 @@ def plot(results: dict[str, Any], path: Path) -> bool:
     count = len(results["labels"])
     axes.set_title(f"{results['model']['name']}, {count} images, {results['machine']['hardware']}", fontsize=9)
     axes.legend(fontsize=7, loc="lower right")
-    figure.tight_layout()
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    pyplot.close(figure)
-    write_bytes(path, buffer.getvalue())
+    _save(pyplot, figure, path)
+    return True
+
+
+def curves(calibrations: Sequence[Statistics], path: Path) -> bool:
+    """rho and mean entropy by scale, and the ratio of every layer at scale 6, one line a calibration: whether drawn."""
+    pyplot = _pyplot()
+    if pyplot is None:
+        return False
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(12, 3.6), dpi=120)
+    for i, stats in enumerate(calibrations):
+        label = f"seed {stats.seed}, {stats.prompts} images"
+        scales = [s for s, rho in enumerate(stats.rho) if rho is not None]
+        left.plot(scales, [stats.rho[s] for s in scales], marker="o", markersize=3, label=label)
+        entropy = [sum(layers) / len(layers) for layers in stats.entropy]
+        middle.plot(range(len(entropy)), entropy, marker="o", markersize=3, label=label)
+        at = min(6, len(stats.schedule) - 1)
+        layers = [layer + 0.2 * i for layer in range(stats.num_layers)]
+        right.bar(layers, stats.ratio[at], width=0.2, label=label)
+    for axes, x, y in (
+        (left, "scale", "share of tokens below the mean entropy"),
+        (middle, "scale", "mean entropy, nats"),
+        (right, "layer", "first / second singular value, scale 6"),
+    ):
+        axes.set_xlabel(x)
+        axes.set_ylabel(y, fontsize=8)
+    left.legend(fontsize=7)
+    _save(pyplot, figure, path)
     return True
 
 
@@ -87,3 +108,23 @@ class Worst:
                     small = to_image(image).resize((_SIDE, _SIDE))
                     sheet.paste(small, (column * _SIDE, top + _TITLE + row * _SIDE))
         write_png(path, sheet)
+
+
+def _pyplot() -> Any:
+    """matplotlib.pyplot, drawing into memory; None where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(pyplot: Any, figure: Any, path: Path) -> None:
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    pyplot.close(figure)
+    write_bytes(path, buffer.getvalue())

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from toprovar_compile.errors import OptionError, UnsupportedModelError
 from toprovar_compile.models.var import draw_tokens, filter_logits, sample_gumbel
 from toprovar_compile.plan import Plan
+from toprovar_compile.policies.decide import decide
 from toprovar_compile.prepare.family import Family, lacks
 from toprovar_compile.prepare.sharing import check_device, check_ready, compare_blocks, fingerprint
 from toprovar_compile.schedule import ScaleSchedule
@@ -211,6 +212,7 @@ class PreparedHART(nn.Module):
                     cos, sin = self._rope(x, s, image, None)
                     logits, _, keys, values = self.step(x, image.condition, image.text, cos, sin, keys, values)
                     f_hat, x = self._advance(s + 1, logits, f_hat, image)
+                    decide(session, f_hat, self._decode)
                     continue
                 tokens = x.new_zeros(B, x.shape[1], model.Cvae, dtype=torch.float32)
                 for chosen in self._masks(B, num_maskgit_iters, x.shape[1], x.device):
@@ -219,9 +221,13 @@ class PreparedHART(nn.Module):
                     tokens = self._fill(tokens, chosen, logits, hidden, image, final_stage)
                 side = model.patch_nums[-1]
                 f_hat = (f_hat + tokens.transpose(1, 2).reshape(B, model.Cvae, side, side)).to(f_hat.dtype)
-            return model.vae_proxy[0].fhat_to_img(f_hat).add(1).mul(0.5)  # type: ignore[no-any-return]
+            return self._decode(f_hat)
 
     # what surrounds a step
+
+    def _decode(self, f_hat: Tensor) -> Tensor:
+        model: Any = self._official[0]
+        return model.vae_proxy[0].fhat_to_img(f_hat).add(1).mul(0.5)  # type: ignore[no-any-return]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(
@@ -241,6 +247,13 @@ class PreparedHART(nn.Module):
         """
         model: Any = self._official[0]
         device = check_ready(model, _WHERE)
+        if [layer.block for layer in self.layers] != list(model.blocks) or self.head is not model.head:
+            raise UnsupportedModelError(
+                "blocks or the head of the model were exchanged",
+                where=_WHERE,
+                expected="the modules that were there at first",
+                todo="undo the acceleration before changing modules",
+            )
         if positions is None or mask is None:
             raise OptionError(
                 "context_position_ids and context_mask are needed",

@@ -17,7 +17,7 @@ from toprovar_compile.models.bsq import BSQVAE, BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig, Start
 from toprovar_compile.models.infinity_text import TextBatch
 from toprovar_compile.prepare.family import Family, lacks
-from toprovar_compile.prepare.sharing import Sharing, check_device, check_ready, check_used, without_autocast
+from toprovar_compile.prepare.sharing import Sharing, check_ready, check_used, without_autocast
 from toprovar_compile.schedule import ScaleSchedule
 
 _WHERE = "prepare, FoundationVision/Infinity"
@@ -47,7 +47,7 @@ class PreparedInfinity(Infinity):
             index, _, inside = rest.partition(".")
             return blocks_of(model)[int(index)].get_submodule(inside)
 
-        self.sharing = Sharing(self, find, _WHERE, within=("", *transformer))
+        self.sharing = Sharing(self, find, _WHERE, self._official, within=("", *transformer))
         check_used(self.sharing, official, _WHERE)
         self.eval()
 
@@ -62,7 +62,7 @@ class PreparedInfinity(Infinity):
             )
         with torch.device("meta"):
             tokenizer = BSQVAE(_tokenizer_config(vae)).eval()
-        sharing = Sharing(tokenizer, vae.get_submodule, _WHERE)
+        sharing = Sharing(tokenizer, vae.get_submodule, _WHERE, (vae,))
         if 4 * tokenizer.codebook_dim < self.cfg.bits or self.cfg.bits % tokenizer.codebook_dim:
             raise UnsupportedModelError(
                 f"the tokenizer has {tokenizer.codebook_dim} bits a position, the transformer {self.cfg.bits} a token",
@@ -76,17 +76,15 @@ class PreparedInfinity(Infinity):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, *args: Any) -> tuple[Start, torch.Generator | None]:
         """As in `Infinity`; a generator as seed, the last argument, is used as it is."""
-        official = self._official[0]
-        device = check_ready(official, _WHERE)
         if self._tokenizer is None:
             raise UnsupportedModelError(
                 "there is no tokenizer yet",
                 where=_WHERE,
                 todo="call prepared.use_tokenizer(vae), or the official entry point",
             )
-        check_device("vae", next(self._tokenizer[0].parameters()), device, _WHERE)
         self.sharing.sync()
         self._tokenizer[1].sync()
+        check_ready(self._official[0], _WHERE, self.sharing.tensors() + self._tokenizer[1].tensors())
         *rest, seed = args
         if isinstance(seed, torch.Generator):
             return super()._begin(*rest, None)[0], seed
@@ -153,10 +151,10 @@ def _check_supported(official: Any) -> None:
     blocks: Any = blocks_of(official)
     if any(block.fused_norm_func is None for block in blocks):
         raise UnsupportedModelError(
-            "the model was built with fused_norm=False: its blocks then drop `scale_ind` and turn the queries and keys "
+            "the model was built without fused norms: its blocks then drop `scale_ind` and turn the queries and keys "
             "of every scale by the positions of the first",
             where=_WHERE,
-            expected="fused_norm=True, as in the official scripts",
+            expected="fused_norm=True, as in the official scripts, and infinity.models.fused_op importable",
             todo="build the model with it and load the same weights",
         )
     problem = None

@@ -19,7 +19,6 @@ from toprovar_compile.report import counters, logger
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _NEW_MODEL = "see docs/new_model.md for models of your own"
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -31,18 +30,32 @@ class _Pair:
     names: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Slot:
+    """One shared tensor: where it is in the two modules, and its name."""
+
+    theirs: dict[str, Any]
+    ours: dict[str, Any]
+    name: str
+
+
 class Sharing:
     """`ours` on the tensors of other modules; `find(path)` gives the one that stands for our module at `path`.
 
-    `within` names the children of `ours` that take part, "" being itself; all of them by default.
-    `find` may raise AttributeError where there is none. Raises UnsupportedModelError where a tensor is missing or has
-    another shape.
+    Those modules lie in `roots`; `find` may raise AttributeError where there is none. `within` names the children of
+    `ours` that take part, "" being itself; all of them by default. Raises UnsupportedModelError where a tensor is
+    missing or has another shape.
     """
 
     def __init__(
-        self, ours: nn.Module, find: Callable[[str], nn.Module], where: str, within: Iterable[str] | None = None
+        self,
+        ours: nn.Module,
+        find: Callable[[str], nn.Module],
+        where: str,
+        roots: Iterable[nn.Module],
+        within: Iterable[str] | None = None,
     ) -> None:
-        self._find, self._where = find, where
+        self._find, self._where, self._roots = find, where, tuple(roots)
         self._pairs = []
         heads = None if within is None else set(within)
         for path, module in ours.named_modules():
@@ -60,6 +73,10 @@ class Sharing:
                 expected="the official model, unmodified",
                 todo=_NEW_MODEL,
             )
+        self._links: list[tuple[dict[str, Any], str, Any]] = []
+        self._modules: list[tuple[str, nn.Module]] = []
+        self._slots: list[_Slot] = []
+        self._resolve()
         self.sync()
 
     def _problems(self, pair: _Pair) -> Iterable[str]:
@@ -75,29 +92,51 @@ class Sharing:
             elif mine is not None and _squeezed(tensor) != _squeezed(mine):
                 yield f"{pair.path}.{name} is {tuple(tensor.shape)}, not {tuple(mine.shape)}"
 
+    def _resolve(self) -> None:
+        """Find the modules and tensors anew, and remember which module was where."""
+        modules, slots = [], []
+        for pair in self._pairs:
+            try:
+                theirs = self._find(pair.path)
+            except AttributeError:
+                raise self._changed(pair.path, "is gone") from None
+            modules.append((pair.path, theirs))
+            for name in pair.names:
+                if _tensor(theirs, name) is None:
+                    raise self._changed(
+                        pair.path,
+                        f"is a {type(theirs).__name__} without {name!r} now",
+                        "merge adapter weights into the layers first (merge_and_unload() in peft)",
+                    )
+                slots.append(_Slot(_table(theirs, name), _table(pair.module, name), name))
+        self._modules, self._slots = modules, slots
+        self._links = [
+            (m._modules, name, child)
+            for root in self._roots
+            for m in root.modules()
+            for name, child in m._modules.items()
+        ]
+
     def sync(self) -> None:
         """Take what the other modules hold now.
 
         Raises UnsupportedModelError where a module was replaced by one without these tensors (an adapter layer, a
         quantised one) or has forward hooks, which would not run.
         """
-        for pair in self._pairs:
-            try:
-                theirs = self._find(pair.path)
-            except AttributeError:
-                raise self._changed(pair.path, "is gone") from None
-            if any(getattr(theirs, hooks) for hooks in _HOOKS):
-                raise self._changed(pair.path, "has forward hooks, which would not run", "remove the hooks")
-            for name in pair.names:
-                tensor = _tensor(theirs, name)
-                if tensor is None:
-                    raise self._changed(
-                        pair.path,
-                        f"is a {type(theirs).__name__} without {name!r} now",
-                        "merge adapter weights into the layers first (merge_and_unload() in peft)",
-                    )
-                table: Any = pair.module._parameters if name in pair.module._parameters else pair.module._buffers
-                table[name] = _shared(table[name], tensor)
+        same = all(table.get(name) is child for table, name, child in self._links)
+        if not same or any(slot.theirs.get(slot.name) is None for slot in self._slots):
+            self._resolve()
+        for path, module in self._modules:
+            if module._forward_hooks or module._forward_pre_hooks:
+                raise self._changed(path, "has forward hooks, which would not run", "remove the hooks")
+        for slot in self._slots:
+            tensor, mine = slot.theirs[slot.name], slot.ours[slot.name]
+            if tensor is not mine:
+                slot.ours[slot.name] = _shared(mine, tensor)
+
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """The shared tensors by name."""
+        return [(slot.name, slot.theirs[slot.name]) for slot in self._slots]
 
     def _changed(self, path: str, what: str, todo: str = "undo the acceleration before changing modules") -> Exception:
         return UnsupportedModelError(
@@ -106,7 +145,7 @@ class Sharing:
 
     def unused(self, theirs: nn.Module, ignored: Iterable[str] = ()) -> list[str]:
         """Parameters of the other module that ours does not use, those that start with an ignored prefix aside."""
-        used = {id(_tensor(pair.module, name)) for pair in self._pairs for name in pair.names}
+        used = {id(tensor) for _, tensor in self.tensors()}
         prefixes = tuple(ignored)
         return [n for n, p in theirs.named_parameters() if id(p) not in used and not n.startswith(prefixes)]
 
@@ -116,6 +155,10 @@ def _tensor(module: nn.Module, name: str) -> Tensor | None:
     return found if found is not None else module._buffers.get(name)
 
 
+def _table(module: nn.Module, name: str) -> dict[str, Any]:
+    return module._parameters if module._parameters.get(name) is not None else module._buffers
+
+
 def _squeezed(tensor: Tensor) -> list[int]:
     """The sizes but 1: official temperatures are (1, 1, H, 1) or (1, H, 1, 1)."""
     return [n for n in tensor.shape if n != 1]
@@ -123,8 +166,6 @@ def _squeezed(tensor: Tensor) -> list[int]:
 
 def _shared(mine: Tensor, tensor: Tensor) -> Tensor:
     """`tensor` itself, or where its shape is another a view of it; the one that is there already if it is right."""
-    if mine is tensor:
-        return mine
     is_parameter = isinstance(mine, nn.Parameter)
     if tensor.shape == mine.shape and isinstance(tensor, nn.Parameter) == is_parameter:
         return tensor
@@ -176,8 +217,8 @@ def without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, enabled=False)
 
 
-def check_ready(model: nn.Module, where: str) -> torch.device:
-    """The one device of a model's parameters.
+def check_ready(model: nn.Module, where: str, tensors: Iterable[tuple[str, Tensor]] | None = None) -> torch.device:
+    """The one device of a model's parameters, or of the named `tensors` that stand for them.
 
     Raises UnsupportedModelError for a model in training mode, on several devices or on none, and for weights that are
     not floating point numbers of 16 bits or more.
@@ -186,7 +227,16 @@ def check_ready(model: nn.Module, where: str) -> torch.device:
         raise UnsupportedModelError(
             "the model is in training mode", where=where, expected="model.eval()", todo="drop-out and drop-path act"
         )
-    devices = {p.device for p in model.parameters()}
+    devices: set[torch.device] = set()
+    for name, tensor in model.named_parameters() if tensors is None else tensors:
+        devices.add(tensor.device)
+        if tensor.dtype not in _FLOATS and isinstance(tensor, nn.Parameter):
+            raise UnsupportedModelError(
+                f"{name} is {tensor.dtype}",
+                where=where,
+                expected="float32, bfloat16 or float16 weights",
+                todo="use the weights before quantisation",
+            )
     if len(devices) != 1 or next(iter(devices)).type == "meta":
         raise UnsupportedModelError(
             f"parameters are on {', '.join(sorted(map(str, devices))) or 'no device'}",
@@ -194,15 +244,18 @@ def check_ready(model: nn.Module, where: str) -> torch.device:
             expected="all of them on one device",
             todo="move the model with model.to(device) once its weights are loaded",
         )
-    bad = next((n for n, p in model.named_parameters() if p.dtype not in _FLOATS), None)
-    if bad is not None:
-        raise UnsupportedModelError(
-            f"{bad} is {model.get_parameter(bad).dtype}",
-            where=where,
-            expected="float32, bfloat16 or float16 weights",
-            todo="use the weights before quantisation",
-        )
     return next(iter(devices))
+
+
+def leave_inference(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Make tensors that were made in inference mode normal ones, of equal values: the others cannot be compiled with.
+
+    A model loaded in inference mode has them, and one whose code assigns to `weight.data` there, as HART's norms do.
+    """
+    for _, tensor in tensors:
+        if tensor.is_inference():
+            with torch.inference_mode(False), torch.no_grad():
+                tensor.data = tensor.data.clone()
 
 
 def check_device(name: str, value: object, device: torch.device, where: str) -> None:

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from toprovar_compile.models.var import VAR, VARConfig
 from toprovar_compile.models.vqvae import VQVAEConfig
 from toprovar_compile.prepare.family import Family, lacks
-from toprovar_compile.prepare.sharing import Sharing, check_device, check_ready, check_used, compare_blocks
+from toprovar_compile.prepare.sharing import (
+    Sharing,
+    check_device,
+    check_ready,
+    check_used,
+    compare_blocks,
+    leave_inference,
+)
 
 _WHERE = "prepare, FoundationVision/VAR"
 _CONSTANTS = ("attn_bias_for_masking",)
@@ -31,7 +38,7 @@ class PreparedVAR(VAR):
                 return vae.get_submodule(_vae_path(vae, path[4:]))  # type: ignore[no-any-return]
             return official.get_submodule(path)
 
-        self.sharing = Sharing(self, find, _WHERE)
+        self.sharing = Sharing(self, find, _WHERE, self._official)
         check_used(self.sharing, official, _WHERE)
         self.eval()
         _check_block(self, official)
@@ -41,11 +48,11 @@ class PreparedVAR(VAR):
         self, labels: Tensor, seed: int | torch.Generator | None
     ) -> tuple[Tensor, Tensor, Tensor, torch.Generator | None]:
         """As in `VAR`; a generator as `seed` is used as it is."""
-        official, vae = self._official
-        device = check_ready(official, _WHERE)
-        check_device("vae", next(vae.parameters()), device, _WHERE)
-        check_device("labels", labels, device, _WHERE)
         self.sharing.sync()
+        tensors = self.sharing.tensors()
+        device = check_ready(self._official[0], _WHERE, tensors)
+        leave_inference(tensors)
+        check_device("labels", labels, device, _WHERE)
         if isinstance(seed, torch.Generator):
             return *super()._begin(labels, None)[:3], seed
         return super()._begin(labels, seed)  # type: ignore[no-any-return]

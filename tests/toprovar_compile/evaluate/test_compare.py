@@ -15,6 +15,7 @@ from toprovar_compile import models
 from toprovar_compile.calibrate import calibrate
 from toprovar_compile.errors import OptionError
 from toprovar_compile.evaluate import candidates, compare
+from toprovar_compile.evaluate.draw import curves
 from toprovar_compile.evaluate.quality import closeness
 from toprovar_compile.evaluate.tables import markdown
 from toprovar_compile.metrics import psnr, ssim
@@ -62,6 +63,18 @@ def test_a_whole_comparison(model: VAR, tmp_path: Path, monkeypatch: pytest.Monk
     assert len(set(results["labels"])) == 3 and not results["not_measured"]
     trained = [row for row in results["plans"] if row["policy"] == "skipvar"]
     assert trained[0]["provenance"]["images"] == 4
+
+
+def test_parts_add_up(model: VAR, tmp_path: Path) -> None:
+    done: list[str] = []
+    first = dataclasses.replace(SMALL, policies=("fixed",))
+    both = dataclasses.replace(SMALL, policies=("fixed", "fastvar"))
+    compare.run(first, tmp_path, done.append)
+    count = len(done)
+    results = json.loads(compare.run(both, tmp_path, done.append).read_text())
+    assert len(results["plans"]) == 8 + 9 and len(done) - count == 1 + 9
+    other = json.loads(compare.run(dataclasses.replace(first, seed=1), tmp_path, done.append).read_text())
+    assert len(other["plans"]) == 8
 
 
 def test_a_judge_is_asked(model: VAR, tmp_path: Path) -> None:
@@ -121,6 +134,11 @@ def test_candidates_of_the_ablation(model: VAR) -> None:
     assert plans["fixed exit"].exit_scale == 5 and shares[0] <= shares[1] <= shares[2]
     assert plans["keep=0.5,identity"].restore == "identity" and plans["keep=0.5,gumbel"].selection == "gumbel"
     assert plans["keep=0.3,high_entropy tokens"].direction == "high_entropy"
+
+
+def test_calibrations_are_drawn(model: VAR, tmp_path: Path) -> None:
+    assert curves([compare._statistics(model, "tiny")] * 2, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_candidates_of_toprovar(model: VAR) -> None:

@@ -115,6 +115,32 @@ def test_a_plan_prunes_and_weights_stay_the_models_own(model: Model) -> None:
     torch.testing.assert_close(model.sample(2, SIDES), changed)
 
 
+def test_text_before_the_first_scale(model: Model) -> None:
+    class WithText(Model):
+        @torch.no_grad()
+        def sample(self, batch: int, sides: list[int], seed: int = 0) -> Tensor:
+            rng = torch.Generator().manual_seed(seed)
+            layers: Any = self.body.layers
+            for layer in layers:
+                layer.mix.start(True)
+            for count in (5, *(side * side for side in sides)):
+                h = torch.randn(batch, count, 16, generator=rng)
+                for layer in layers:
+                    h = layer(h, torch.full((batch, 1, 16), 0.5))
+            return h
+
+    other = WithText().eval()
+    want = other.sample(2, [2, 3])
+    plan = Plan.keep_share(ScaleSchedule.from_patch_nums([2, 3]), 3, 0.5, 1, bucket=1)
+    with accelerate(other, [2, 3], prefix=5):
+        report = tv.explain(other.sample, 2, [2, 3])
+    torch.testing.assert_close(report.result, want)
+    with accelerate(other, [2, 3], plan, prefix=5):
+        pruned = tv.explain(other.sample, 2, [2, 3])
+    assert not torch.allclose(pruned.result, want)
+    assert not [e for e in {**report.events, **pruned.events} if e.startswith(("guard_miss", "fallback", "cache"))]
+
+
 def test_paths_that_lead_nowhere_are_refused(model: Model) -> None:
     for wrong in ({"blocks": "body.blocks"}, {"caches": ("mix.cached_k",)}, {"entry": "generate"}):
         with pytest.raises(OptionError, match="has no such thing"):

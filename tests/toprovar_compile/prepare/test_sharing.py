@@ -31,7 +31,7 @@ def pair(shape: tuple[int, ...] = (1, 2, 1)) -> tuple[Any, Any, Sharing]:
     with torch.device("meta"):
         ours = Scaled()
     theirs = Scaled(shape)
-    return ours, theirs, Sharing(ours, theirs.get_submodule, "test")
+    return ours, theirs, Sharing(ours, theirs.get_submodule, "test", (theirs,))
 
 
 def test_tensors_are_the_same() -> None:
@@ -65,11 +65,11 @@ def test_other_parameters_are_refused() -> None:
     with torch.device("meta"):
         ours = Scaled()
     with pytest.raises(UnsupportedModelError, match=r"scale is \(3,\), not \(1, 2, 1\)"):
-        Sharing(ours, Scaled((3,)).get_submodule, "test")
+        Sharing(ours, Scaled((3,)).get_submodule, "test", ())
     theirs: Any = Scaled()
     del theirs.inner
     with pytest.raises(UnsupportedModelError, match="no module inner"):
-        Sharing(ours, theirs.get_submodule, "test")
+        Sharing(ours, theirs.get_submodule, "test", (theirs,))
     _, theirs, sharing = pair()
     theirs.extra = nn.Linear(1, 1)
     with pytest.raises(UnsupportedModelError, match=r"does not know: extra\.weight, extra\.bias"):
@@ -102,6 +102,8 @@ def test_states_that_cannot_generate_are_refused() -> None:
     model.scale = nn.Parameter(torch.zeros(1, 2, 1, dtype=torch.int8), requires_grad=False)
     with pytest.raises(UnsupportedModelError, match=r"scale is torch\.int8"):
         check_ready(model, "test")
+    with pytest.raises(UnsupportedModelError, match="on cpu, meta"):
+        check_ready(model, "test", [("a", torch.zeros(1)), ("b", torch.zeros(1, device="meta"))])
     with pytest.raises(UnsupportedModelError, match="labels is on meta"):
         check_device("labels", torch.zeros(1, device="meta"), torch.device("cpu"), "test")
 

@@ -1,0 +1,107 @@
+"""Lanes without a device: what is captured, replayed and refused, told by graphs that only count."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from toprovar_compile import cuda_graph
+from toprovar_compile.cuda_graph import Lane, Scale
+from toprovar_compile.report import counters
+
+
+class Recording:
+    """Stands in for a captured graph: replaying runs the same function on the same memory."""
+
+    def __init__(self, lane: Lane, scale: Scale, fixed: list[Any], outputs: list[Any]) -> None:
+        self.scale, self.fixed, self.outputs = scale, fixed, outputs
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        for out, new in zip(self.outputs, self.scale(self.fixed), strict=True):
+            out.copy_(new)
+
+
+@pytest.fixture(autouse=True)
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recording]]:
+    made: list[Recording] = []
+
+    def capture(lane: Lane, key: Any, scale: Scale, args: Any) -> list[Any]:
+        fixed, fresh = lane._put(scale, args)
+        outputs = [out.clone() for out in scale(fixed)]
+        made.append(Recording(lane, scale, fixed, outputs))
+        places = [cuda_graph._place(a) for a in fixed]
+        lane._graphs[key] = cuda_graph._Captured(made[-1], fixed, places, outputs, None, not fresh)  # type: ignore[arg-type]
+        lane._groups[scale.group].add(key)
+        lane._free_groups()
+        return lane._hand_out(outputs)
+
+    monkeypatch.setattr(Lane, "_capture", capture)
+    monkeypatch.setattr(Lane, "_replay", lambda lane, graph, scale: graph.replay())
+    counters.reset()
+    yield made
+    counters.reset()
+
+
+def scale(weight: Tensor, plan: str | None = None, program: str = "step") -> Scale:
+    def run(args: Any) -> list[Tensor]:
+        return [args[0] * args[1]]
+
+    return Scale((program, (plan, 0)), run, lambda: None, lambda _: None, [0], (), group=plan)
+
+
+def test_captured_at_the_second_run_and_replayed_on_new_values(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+    for i in range(4):
+        lane.begin()
+        x = torch.tensor(float(i))
+        assert lane.run(scale(weight), [x, weight])[0] == 3 * i
+    assert [r.replays for r in recorded] == [2]
+
+
+def test_a_weight_that_moved_runs_kernel_by_kernel_and_is_counted(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.nn.Parameter(torch.tensor(3.0), requires_grad=False)
+    for _ in range(2):
+        lane.begin()
+        lane.run(scale(weight), [torch.tensor(1.0), weight])
+    weight.data = torch.tensor(5.0)  # the same object in another place
+    lane.begin()
+    assert lane.run(scale(weight), [torch.tensor(1.0), weight])[0] == 5
+    assert recorded[0].replays == 0
+    assert counters.snapshot()["cuda_graph_miss: a weight or a cache is not where it was at capture"] == 1
+
+
+def test_a_weight_changed_in_place_is_followed(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+    for _ in range(2):
+        lane.run(scale(weight), [torch.tensor(1.0), weight])
+    weight.fill_(7.0)
+    assert lane.run(scale(weight), [torch.tensor(2.0), weight])[0] == 14
+    assert recorded[0].replays == 1
+
+
+def test_graphs_of_plans_out_of_use_are_freed_and_captured_again(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+    plans = [f"plan {i}" for i in range(cuda_graph._MAX_GROUPS + 1)]
+    for plan in plans:
+        for _ in range(2):
+            lane.run(scale(weight, plan), [torch.tensor(1.0), weight])
+    assert len(lane._graphs) == cuda_graph._MAX_GROUPS and len(recorded) == len(plans)
+    assert lane.run(scale(weight, plans[0]), [torch.tensor(2.0), weight])[0] == 6
+    assert len(recorded) == len(plans) + 1
+
+
+def test_what_lies_between_steps_draws_from_its_generator() -> None:
+    lane = Lane()
+
+    def draw(x: Tensor, generator: torch.Generator) -> list[Tensor]:
+        return [x + torch.rand(3, generator=generator)]
+
+    one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+    got = lane.call("draw", draw, [torch.zeros(3)], [], one)
+    assert torch.equal(got[0], torch.rand(3, generator=other))
