@@ -79,6 +79,8 @@ def section(results: dict[str, Any]) -> str:
     ]
     if cost := results["entropy_cost"]:
         lines += [f"Measuring the entropy of every layer costs {cost['share']:+.1%} of a dense generation.", ""]
+    if remark := results.get("remark"):
+        lines += [remark, ""]
     if results["not_measured"]:
         lines += ["Not measured: " + ", ".join(results["not_measured"]) + ".", ""]
     return "\n".join(lines)

@@ -4,8 +4,8 @@
     python benchmarks/official.py hart CHECKOUT --plans dense keep=0.4,from=10
 
 Speed does not depend on weights. What is timed is a call of `autoregressive_infer_cfg` under float16 autocast (bfloat16
-on the CPU), decoder included: the median after warm-up. HART needs the package transformers, and is given the shape that
-its size tells (0.7 billion parameters, 1024x1024).
+on the CPU), decoder included: the median after warm-up. HART needs the package transformers, and is given the shape
+that its size tells (0.7 billion parameters, 1024x1024).
 """
 
 from __future__ import annotations

@@ -247,7 +247,7 @@ def _fae_kernel(
     some = row_sum != 0  # also true of nan
     norm = tl.where(some, row_sum, 1.0)
     entropy = tl.where(some, (tl.math.log2(norm) - row_ent / norm) * 0.6931471805599453, 0.0)
-    tl.store(ent_ptr + bh.to(tl.int64) * n + rows, entropy, mask=row_ok)
+    tl.store(ent_ptr + (b * n + rows) * num_heads + h, entropy, mask=row_ok)  # heads last: averaged next
     out_ptrs = out_ptr + ((b * n + rows[:, None]) * num_heads + h) * D + dims[None, :]
     out = (acc / norm[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptrs, out, mask=row_ok[:, None] & dim_ok[None, :])
@@ -264,10 +264,10 @@ def _launch_fae(
     if scale <= 0.0:  # the kernels take maxima before they scale
         q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
     out = _empty_out(q)
-    entropy = torch.empty((b, h, n), dtype=torch.float32, device=q.device)
+    entropy = torch.empty((b, n, h), dtype=torch.float32, device=q.device)
     bias = bias if bias is None else bias.expand(b, h, n, m)
     if lens is None and _on_hopper(q, k, v, bias, out, scale, entropy):
-        return out, entropy.mean(1)
+        return out, entropy.mean(-1)
     kind, mask = 0, q.new_empty(()).expand(b, h, n, m)  # not read
     if bias is not None:
         kind, mask = (2, bias.view(torch.uint8)) if bias.dtype == torch.bool else (1, bias)
@@ -301,7 +301,7 @@ def _launch_fae(
             num_warps=cfg.num_warps,
             num_stages=cfg.num_stages,
         )
-    return out, entropy.mean(1)
+    return out, entropy.mean(-1)
 
 
 @triton.jit(do_not_specialize=["num_heads", "n", "start"])

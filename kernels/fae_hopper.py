@@ -66,13 +66,13 @@ def _addressable(x: Tensor) -> bool:
 def launch(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, scale: float, entropy: Tensor | None
 ) -> None:
-    """Write attention into `out` (B, H, n, D) and, if given, its row entropies in nats into `entropy` (B, H, n)."""
+    """Write attention into `out` (B, H, n, D) and, if given, its row entropies in nats into `entropy` (B, n, H)."""
     b, h, n, d = q.shape
     block_d = max(64, next_power_of_2(d))
     block_n = 64 if block_d > 128 else 128
     stages = 2 if block_d > 64 else 3
     # Two consumers share a tile of keys, but half as many programs have to fill the device.
-    consumers = 2 if cdiv(n, 2 * _ROWS) * b * h >= 0.75 * _multiprocessors(q.device) else 1
+    consumers = 2 if n > _ROWS and cdiv(n, 2 * _ROWS) * b * h >= 0.75 * _multiprocessors(q.device) else 1
     rows = consumers * _ROWS
     with torch.cuda.device(q.device):
         _kernel[(cdiv(n, rows) * b * h,)](
@@ -195,7 +195,7 @@ def _consume(
     mask_stride,
     b,
     h,
-    bh,
+    heads,
     row,
     n,
     m,
@@ -279,7 +279,7 @@ def _consume(
         rows = row + W * 64 + gl.arange(0, 64, S_ROWS)
         energy = gl.convert_layout(gl.sum(row_ent, 1), S_ROWS)
         entropy = (gl.log2(total) - energy / total) * 0.6931471805599453
-        gl.store(ent_ptr + bh.to(gl.int64) * n + rows, entropy, mask=rows < n)
+        gl.store(ent_ptr + (b.to(gl.int64) * n + rows) * heads + h, entropy, mask=rows < n)
     tma.store_wait(0)
 
 
@@ -353,7 +353,7 @@ def _kernel(
                         mask_stride,
                         b,
                         h,
-                        bh,
+                        heads,
                         row,
                         n,
                         m,
@@ -384,7 +384,7 @@ def _kernel(
                         mask_stride,
                         b,
                         h,
-                        bh,
+                        heads,
                         row,
                         n,
                         m,
@@ -445,7 +445,7 @@ def _kernel(
                         mask_stride,
                         b,
                         h,
-                        bh,
+                        heads,
                         row,
                         n,
                         m,

@@ -69,6 +69,7 @@ class Report:
                 lines.append(f"  layer class {key}: {len(names)} layers, {names[0]} to {names[-1]}; {proof}")
             lines += [f"  guard {text}" for text in graph.guards()]
             lines += [f"  variant {text}" for text in graph.variants()]
+        lines += [f"plain attention: {choice['winner']} for {kind}" for kind, choice in self.attention.items()]
         lines.append("events:" if self.events else "events: none")
         lines += [f"  {count} x {event}" for event, count in sorted(self.events.items())]
         return "\n".join(lines)
@@ -98,9 +99,11 @@ def explain(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
 
     `result` of the report is what `fn` returned. Whatever `fn` raises is raised.
     """
+    from toprovar_compile.kernels import plain_attention  # which counts its choices here
+
     before = counters.snapshot()
     with _watch() as seen:
         result = fn(*args, **kwargs)
     after = counters.snapshot()
     events = {k: v - before.get(k, 0) for k, v in after.items() if v != before.get(k, 0)}
-    return Report(tuple(seen.values()), events, result)
+    return Report(tuple(seen.values()), events, result, plain_attention.chosen())

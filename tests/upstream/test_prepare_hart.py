@@ -207,6 +207,17 @@ def test_half_precision_under_autocast(make: Make) -> None:
     assert (got.float() - want.float()).abs().mean() < 0.05
 
 
+@pytest.mark.slow
+def test_compiled_by_inductor_after_the_official_norms_cast_their_weights(make: Make) -> None:
+    model = make(**LLAMA, use_timestep_embed=True)  # its stream is bfloat16 then
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        want = generate(model)
+        assert any(p.is_inference() for p in model.parameters())
+        with accelerate(model, inner="inductor"):
+            got = generate(model)
+    assert (got.float() - want.float()).abs().mean() < 0.05
+
+
 def test_what_is_not_taken_over_is_refused(make: Make) -> None:
     with pytest.raises(UnsupportedModelError, match="attn_type='gpt2'"):
         tv.prepare(make(attn_type="gpt2"))

@@ -24,7 +24,7 @@ from toprovar_compile.models.var import draw_tokens, filter_logits, sample_gumbe
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.decide import decide
 from toprovar_compile.prepare.family import Family, lacks
-from toprovar_compile.prepare.sharing import check_device, check_ready, compare_blocks, fingerprint
+from toprovar_compile.prepare.sharing import check_device, check_ready, compare_blocks, fingerprint, leave_inference
 from toprovar_compile.schedule import ScaleSchedule
 from toprovar_compile.session import generation
 
@@ -246,7 +246,9 @@ class PreparedHART(nn.Module):
         Rows are the prompts, then as many without a prompt.
         """
         model: Any = self._official[0]
-        device = check_ready(model, _WHERE)
+        tensors = [*model.named_parameters(), *model.named_buffers(), *model.vae_proxy[0].named_parameters()]
+        device = check_ready(model, _WHERE, tensors)
+        leave_inference(tensors)
         if [layer.block for layer in self.layers] != list(model.blocks) or self.head is not model.head:
             raise UnsupportedModelError(
                 "blocks or the head of the model were exchanged",

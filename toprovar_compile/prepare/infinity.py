@@ -17,7 +17,7 @@ from toprovar_compile.models.bsq import BSQVAE, BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig, Start
 from toprovar_compile.models.infinity_text import TextBatch
 from toprovar_compile.prepare.family import Family, lacks
-from toprovar_compile.prepare.sharing import Sharing, check_ready, check_used, without_autocast
+from toprovar_compile.prepare.sharing import Sharing, check_ready, check_used, leave_inference, without_autocast
 from toprovar_compile.schedule import ScaleSchedule
 
 _WHERE = "prepare, FoundationVision/Infinity"
@@ -84,7 +84,9 @@ class PreparedInfinity(Infinity):
             )
         self.sharing.sync()
         self._tokenizer[1].sync()
-        check_ready(self._official[0], _WHERE, self.sharing.tensors() + self._tokenizer[1].tensors())
+        tensors = self.sharing.tensors() + self._tokenizer[1].tensors()
+        check_ready(self._official[0], _WHERE, tensors)
+        leave_inference(tensors)
         *rest, seed = args
         if isinstance(seed, torch.Generator):
             return super()._begin(*rest, None)[0], seed

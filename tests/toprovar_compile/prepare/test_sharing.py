@@ -16,6 +16,7 @@ from toprovar_compile.prepare.sharing import (
     check_used,
     compare_blocks,
     fingerprint,
+    leave_inference,
 )
 
 
@@ -106,6 +107,18 @@ def test_states_that_cannot_generate_are_refused() -> None:
         check_ready(model, "test", [("a", torch.zeros(1)), ("b", torch.zeros(1, device="meta"))])
     with pytest.raises(UnsupportedModelError, match="labels is on meta"):
         check_device("labels", torch.zeros(1, device="meta"), torch.device("cpu"), "test")
+
+
+def test_tensors_of_inference_mode_become_normal_ones() -> None:
+    model = Scaled()
+    with torch.inference_mode():
+        other = Scaled()
+        model.scale.data = model.scale.data.double()
+        leave_inference(other.named_parameters())
+    before = model.scale.clone()
+    leave_inference(model.named_parameters())
+    assert torch.equal(model.scale, before)
+    assert not any(p.is_inference() for p in (*model.parameters(), *other.parameters()))
 
 
 def test_blocks_that_differ_are_refused() -> None:
