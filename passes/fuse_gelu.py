@@ -51,15 +51,16 @@ def _product_before(gelu: Node) -> Node | None:
     """The product whose only use, through a view, is this activation."""
     if gelu.kwargs.get("approximate", "none") != "tanh":
         return None
-    value, reader = gelu.args[0], gelu
+    reader = gelu
     for _ in range(2):
+        value = reader.args[0]
         if not isinstance(value, Node) or set(value.users) != {reader}:
             return None
         if value.target is aten.addmm.default and not value.kwargs:
             return value if _on_cuda(value) else None
         if value.target is not aten.view.default:
             return None
-        value, reader = value.args[0], value
+        reader = value
     return None
 
 

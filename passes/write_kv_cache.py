@@ -77,8 +77,8 @@ def write_kv_cache(gm: GraphModule) -> CacheRewrite:
     out = next(n for n in gm.graph.nodes if n.op == "output")
     out.args = (tuple(v for i, v in enumerate(outputs) if i not in drop_out),)
     for i, (site, node) in enumerate(zip(sites, old, strict=True)):
-        q, bias, scale, entropy = node.args[0], *node.args[3:]
-        k, v = (_uncast(a, node) for a in node.args[1:3])
+        q, k, v, bias, scale, entropy = node.args
+        k, v = _uncast(k, node), _uncast(v, node)
         if site.prior is not None:
             k, v = cat_operands(k)[1], cat_operands(v)[1]  # type: ignore[index]
             for prior in site.prior:

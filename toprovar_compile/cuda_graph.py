@@ -145,7 +145,7 @@ class Lane:
         torch.set_autocast_cache_enabled(False)
         try:
             if own is not None:
-                graph.register_generator_state(own)  # type: ignore[no-untyped-call]
+                graph.register_generator_state(own)
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 outputs = scale(fixed, own)
         except RuntimeError as error:

@@ -52,11 +52,15 @@ class GraphReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `explain` saw: the graphs that ran and the events counted during the call. `str()` makes it readable."""
+    """What `explain` saw: the graphs that ran and the events counted during the call. `str()` makes it readable.
+
+    `attention` is what serves attention without entropy in this process, see `kernels.plain_attention.chosen`.
+    """
 
     graphs: tuple[GraphReport, ...]
     events: dict[str, int]
     result: Any = None
+    attention: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = []
