@@ -77,7 +77,10 @@ class Lane:
     _graphs: dict[Hashable, _Captured | None] = field(default_factory=dict)
     _seen: set[Hashable] = field(default_factory=set)
     _inputs: dict[Hashable, Tensor] = field(default_factory=dict)
-    _sources: dict[Hashable, tuple[Tensor, int]] = field(default_factory=dict)
+    _sources: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # by id of the place
+    _held: dict[int, Tensor] = field(default_factory=dict)  # the place of a source, by its id
+    _copies: dict[int, int] = field(default_factory=dict)  # how often each place was written
+    _read: dict[Hashable, int] = field(default_factory=dict)  # and what of that each input has seen
     _checked: set[Hashable] = field(default_factory=set)
     _groups: dict[Hashable, set[Hashable]] = field(default_factory=dict)
     _owned: set[int] = field(default_factory=set)
@@ -96,6 +99,8 @@ class Lane:
     def begin(self) -> None:
         """A new generation starts: nothing is known to be unchanged."""
         self._sources.clear()
+        self._held.clear()
+        self._read.clear()
         self._checked.clear()
 
     def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
@@ -203,20 +208,32 @@ class Lane:
         return "the condition changed between scales" if fresh and known.reused else None
 
     def _put(self, scale: Scale, args: Sequence[Any]) -> tuple[list[Any], bool]:
-        """The arguments at their fixed places, and whether the condition was put there anew."""
-        fixed, fresh = list(args), False
+        """The arguments at their fixed places, and whether the condition was put there anew.
+
+        Programs that are first given the same tensor share a place, and it is copied once for all of them.
+        """
+        fixed, fresh, taken = list(args), False, set()
         for i in scale.moving:
             a = args[i]
             name = (scale.key[0], i, tuple(a.shape), a.stride(), a.dtype)
-            if name not in self._inputs:
-                with torch.inference_mode(False):
-                    self._inputs[name] = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
-            if not _unchanged(a, self._sources.get(name)):
-                self._inputs[name].copy_(a)
+            place = self._inputs.get(name)
+            if place is None:
+                place = self._held.get(id(a))
+                if place is None or id(place) in taken or not _unchanged(a, self._sources.get(id(place))):
+                    with torch.inference_mode(False):
+                        place = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
+                self._inputs[name] = place
+            taken.add(id(place))
+            if not _unchanged(a, self._sources.get(id(place))):
+                place.copy_(a)
                 # Holding the source keeps its address from being taken by another tensor.
-                self._sources[name] = (a, -1 if a.is_inference() else a._version)
-                fresh = fresh or i in scale.condition
-            fixed[i] = self._inputs[name]
+                self._sources[id(place)] = (a, -1 if a.is_inference() else a._version)
+                self._held[id(a)] = place
+                self._copies[id(place)] = self._copies.get(id(place), 0) + 1
+            count = self._copies[id(place)]
+            fresh = fresh or (i in scale.condition and self._read.get(name) != count)
+            self._read[name] = count
+            fixed[i] = place
         return fixed, fresh
 
     def _hand_out(self, outputs: Sequence[Any]) -> list[Any]:

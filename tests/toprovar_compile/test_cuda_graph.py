@@ -105,3 +105,44 @@ def test_what_lies_between_steps_draws_from_its_generator() -> None:
     one, other = (torch.Generator().manual_seed(1) for _ in range(2))
     got = lane.call("draw", draw, [torch.zeros(3)], [], one)
     assert torch.equal(got[0], torch.rand(3, generator=other))
+
+
+def test_programs_share_the_place_of_a_tensor_until_they_are_given_different_ones(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+    for x, y in ((1.0, 1.0), (2.0, 2.0), (3.0, 4.0), (5.0, 5.0)):
+        lane.begin()
+        same = torch.tensor(x)
+        other = same if x == y else torch.tensor(y)
+        assert lane.run(scale(weight, program="first"), [same, weight])[0] == 3 * x
+        assert lane.run(scale(weight, program="second"), [other, weight])[0] == 3 * y
+        assert lane.run(scale(weight, program="first"), [same, weight])[0] == 3 * x
+    assert len(lane._inputs) == 2 and len({id(place) for place in lane._inputs.values()}) == 1
+
+
+def test_two_inputs_of_a_program_never_share_a_place(recorded: list[Recording]) -> None:
+    lane = Lane()
+
+    def run(args: Any) -> list[Tensor]:
+        return [args[0] - args[1]]
+
+    both = Scale.stateless(("step", 0), run, [0, 1])
+    x = torch.tensor(1.0)
+    for a, b in ((x, x), (x, x), (torch.tensor(5.0), torch.tensor(2.0))):
+        lane.begin()
+        assert lane.run(both, [a, b])[0] == a - b
+
+
+def test_a_condition_that_another_program_saw_first_is_still_new(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+
+    def step(program: str) -> Scale:
+        return Scale((program, 0), lambda args: [args[0] * args[1]], lambda: None, lambda _: None, [0], [0])
+
+    old, new = torch.tensor(1.0), torch.tensor(2.0)
+    for _ in range(2):
+        lane.begin()
+        assert lane._put(step("first"), [old, weight])[1]
+        assert lane._put(step("second"), [old, weight])[1]
+        assert not lane._put(step("second"), [old, weight])[1]
+    assert lane._put(step("first"), [new, weight])[1]
+    assert lane._put(step("second"), [new, weight])[1]
