@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from toprovar_compile import bench
+from toprovar_compile.bench import emoji_var as bench
 from toprovar_compile.errors import ToproVarError
 from toprovar_compile.files import write_bytes
 

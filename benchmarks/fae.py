@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from toprovar_compile import bench_fae
+from toprovar_compile.bench import fae as bench_fae
 from toprovar_compile.kernels import fae, plain_attention
 from toprovar_compile.kernels._triton import TritonError
 from toprovar_compile.measure import pick_device

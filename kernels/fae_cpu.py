@@ -288,10 +288,7 @@ def compiled() -> _Function | None:
     try:
         version = subprocess.run([*compiler.split(), "--version"], capture_output=True, text=True, check=True).stdout
         key = hashlib.sha256("\0".join((_SOURCE, *_FLAGS, compiler, version, _processor())).encode()).hexdigest()[:16]
-        library = cache_folder() / f"fae_{key}.so"
-        if not library.exists():
-            _build(compiler, library)
-        function = ctypes.CDLL(str(library)).toprovar_fae
+        function = _load(compiler, cache_folder() / f"fae_{key}.so").toprovar_fae
     except (OSError, subprocess.CalledProcessError) as error:
         detail = (getattr(error, "stderr", "") or str(error)).strip().splitlines()[0]
         warnings.warn(
@@ -306,14 +303,39 @@ def compiled() -> _Function | None:
     return function
 
 
-def _build(compiler: str, library: Path) -> None:
-    """Compile into a temporary folder first: other processes may be building or loading the same file."""
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+def _load(compiler: str, library: Path) -> ctypes.CDLL:
+    """The library as it is on disk, or built: then kept there if the folder can be written."""
+    if _is_whole(library):
+        return ctypes.CDLL(str(library))
+    with _working_folder(library.parent) as folder:
         source, result = Path(folder) / "fae.cpp", Path(folder) / "fae.so"
         source.write_text(_SOURCE)
         command = [*compiler.split(), *_FLAGS, str(source), "-o", str(result)]
         subprocess.run(command, capture_output=True, text=True, check=True)
-        os.replace(result, library)
+        with result.open("ab") as file:  # the loader does not look behind the end
+            file.write(hashlib.sha256(result.read_bytes()).digest())
+        try:
+            os.replace(result, library)
+        except OSError:
+            return ctypes.CDLL(str(result))
+    return ctypes.CDLL(str(library))
+
+
+def _working_folder(parent: Path) -> tempfile.TemporaryDirectory[str]:
+    """A folder to build in: other processes may be building or loading the same file."""
+    try:
+        return tempfile.TemporaryDirectory(dir=parent)
+    except OSError:
+        return tempfile.TemporaryDirectory()
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file ends with its own digest: loading half of a library ends the process."""
+    try:
+        data = library.read_bytes()
+    except FileNotFoundError:
+        return False
+    return data[-32:] == hashlib.sha256(data[:-32]).digest()
 
 
 def _processor() -> str:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,13 +73,23 @@ def prove_token_axis(gm: GraphModule) -> TokenProof:
         found = f"the stream is {shape} in this graph, its dimension 1 not an open number of tokens"
         return TokenProof(None, (), found)
     try:
-        return TokenProof(shape[1], _interpret(gm, _Stream(shape[0], shape[1])))
+        return TokenProof(shape[1], _interpret(gm, _Stream(shape[0], shape[1]), {}))
     except Refusal as refusal:
         return TokenProof(None, (), str(refusal))
 
 
-def _interpret(gm: GraphModule, stream: _Stream) -> tuple[int | None, ...]:
+def token_states(gm: GraphModule) -> dict[str, State]:
+    """For whoever looks at a proof: the state of each node by name, up to the node that stopped it."""
     states: dict[Node, State] = {}
+    shape = shape_of(placeholders(gm)[0].meta["val"])
+    if len(shape) == 3 and shape[1].is_Symbol:
+        with suppress(Refusal):
+            _interpret(gm, _Stream(shape[0], shape[1]), states)
+    return {node.name: state for node, state in states.items()}
+
+
+def _interpret(gm: GraphModule, stream: _Stream, states: dict[Node, State]) -> tuple[int | None, ...]:
+    """The token dimension of each input; `states` is filled on the way."""
     axes: list[int | None] = []
     for node in gm.graph.nodes:
         try:

@@ -2,12 +2,13 @@
 
     Before: x1 = layer(x, inputs)
     After:  y = layer(gather(x, idx), inputs gathered where they carry tokens)
-            x1 = scatter(x + delta, idx, y)      restore="cached": delta is the layer's resized older output minus input
+            x1 = scatter(x + delta, idx, y)      restore="cached": delta is the layer's older output minus input, on the
+                                                 grid of x, or resized to it by tables (see `restore_tokens`)
             x1 = scatter(x, idx, y)              restore="identity"
 
 Pre:  a layer graph with a proof of `prove_token_axis`, tokens in dimension 1 of the stream (B, N, C).
-Post: inputs are x, idx (int64 (B, K)), delta (B, N, C) if cached, then the layer's other inputs; outputs as before, the
-      first for all N tokens, further ones for the K kept.
+Post: inputs are x, idx (int64 (B, K)), if cached delta (B, N, C), or, resized, delta (B, M, C) and its tables, then the
+      layer's other inputs; outputs as before, the first for all N tokens, further ones for the K kept.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from toprovar_compile.errors import PassInvariantError
 from toprovar_compile.passes._graph import output_values, placeholders
 from toprovar_compile.passes._symbols import shape_of
 from toprovar_compile.passes.prove_token_axis import TokenProof
+from toprovar_compile.passes.restore_tokens import add_delta
 
 aten = torch.ops.aten
 
 
-def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool) -> GraphModule:
-    """The pruned form of the layer `gm`, a new module. Raises PassInvariantError without a proof."""
+def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool, resized: bool = False) -> GraphModule:
+    """The pruned form of the layer `gm`, a new module; `resized` is read where it is `cached`.
+
+    Raises PassInvariantError without a proof.
+    """
     if not proof.holds or proof.axes[0] != 1:
         raise PassInvariantError(f"the layer has no proof of token-equivariance: {proof.reason}", where="prune_tokens")
     graph = Graph()
     inner = placeholders(gm)
     x, idx = graph.placeholder("x"), graph.placeholder("idx")
-    delta = graph.placeholder("delta") if cached else None
+    base = add_delta(graph, x, inner[0].meta["val"].dtype, resized=resized) if cached else x
     copies = {node: graph.placeholder(node.name) for node in inner[1:]}
-    base = x if delta is None else graph.call_function(aten.add.Tensor, (x, delta))
     kept = graph.call_function(aten.sym_size.int, (idx, 1))
     copies[inner[0]] = _gather(graph, x, idx, kept, inner[0], 1)
     for node, axis in zip(inner[1:], proof.axes[1:], strict=True):

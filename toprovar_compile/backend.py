@@ -37,17 +37,19 @@ def toprovar(
     opts = Options.parse(options)
     if mode not in (None, "default"):
         counters.add("ignored", f"mode={mode!r}: it is a mode of Inductor; see docs/options.md")
+    dump = Dump.open(opts.dump)
+    dump.captured(gm, example_inputs, opts.inner)
     if torch.is_grad_enabled():
-        return _plain(gm, example_inputs, opts, "gradients are enabled, and a plan is for generation", loud=True)
+        return _plain(gm, example_inputs, opts, "gradients are enabled, and a plan is for generation", dump, loud=True)
     step = copy_graph(gm)
-    passes = run_passes(step, DYNAMO_PASSES, PassContext())
+    passes = run_passes(step, DYNAMO_PASSES, PassContext(observe=dump.observe))
     if not any(n.target is fae for n in step.graph.nodes):
-        return _plain(gm, example_inputs, opts, "the graph has no attention: it is no step of a scale")
+        return _plain(gm, example_inputs, opts, "the graph has no attention: it is no step of a scale", dump)
     report = GraphReport("step", "one scale through all layers", passes=[str(p) for p in passes])
     try:
-        return _compile_step(step, example_inputs, opts, report)
+        return _compile_step(step, example_inputs, opts, report, dump)
     except UnsupportedGraphError as refusal:
-        return _plain(gm, example_inputs, opts, str(refusal))
+        return _plain(gm, example_inputs, opts, str(refusal), dump)
 
 
 def fixed_inputs(inputs: Sequence[Node]) -> list[int]:
@@ -67,28 +69,27 @@ def writes_in_place(gm: GraphModule) -> bool:
 
 
 def _compile_step(
-    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport
+    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, report: GraphReport, dump: Dump
 ) -> Callable[..., Any]:
     """Functionalise, split, bind; the pieces are compiled when they first run."""
     session = current_session()
     hints = {"n": max(session.schedule.tokens)} if session is not None else {}
     binder = PlanBinder(opts)
     fixed = fixed_inputs([n for n in gm.graph.nodes if n.op == "placeholder"])
-    dump = Dump.open(opts.dump)
-    dump.graph("captured", gm)
 
     def compile_functional(functional: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         dump.graph("functional", functional)
         split = split_layers(functional)
         check_split_layers(functional, split)
+        dump.split(split)
         program = StepProgram(split, opts.inner, hints, report, fixed)
         dump.program(program)
 
         def run(args: list[Any]) -> list[Any]:
             plan = binder.plan([args[i] for i in fixed], len(program.layers))
+            dump.begin(plan)
             outs = program(args, plan, state_of(plan, len(program.layers)))
             args.clear()
-            dump.run(program, plan)
             return outs
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -100,12 +101,13 @@ def _compile_step(
 
 
 def _plain(
-    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, reason: str, *, loud: bool = False
+    gm: GraphModule, example_inputs: Sequence[Any], opts: Options, reason: str, dump: Dump, *, loud: bool = False
 ) -> Callable[..., Any]:
     """Compile as Inductor does, and say why."""
     (logger.warning if loud else logger.info)("compiled without a plan: %s", reason)
     counters.add("plain_graph", reason)
     report = GraphReport("plain", reason)
+    dump.plain(report)
     call = compile_plain(gm, example_inputs, opts.inner)
     captured = [n for n in gm.graph.nodes if n.op == "placeholder"]
     fixed = fixed_inputs(captured)

@@ -52,7 +52,7 @@ def emoji_var(
     out: Results = Path("toprovar-out"),
 ) -> None:
     """Measure time and closeness of many plans over many classes; an interrupted run goes on where it stopped."""
-    from toprovar_compile import bench as bench_module
+    from toprovar_compile.bench import emoji_var as bench_module
     from toprovar_compile.measure import require_metrics
 
     require_metrics("bench")
@@ -80,7 +80,7 @@ def fae(
     out: Results = Path("toprovar-out"),
 ) -> None:
     """Measure attention with entropy against every other attention, at the shapes of late scales."""
-    from toprovar_compile import bench_fae
+    from toprovar_compile.bench import fae as bench_fae
 
     if dtype not in _DTYPES:
         close = nearest(dtype, _DTYPES)
@@ -124,8 +124,8 @@ def infinity(
     out: Results = Path("toprovar-out"),
 ) -> None:
     """Measure official code, FastVAR and ours on one GPU; what is finished is kept, so ways can come one at a time."""
-    from toprovar_compile import bench_infinity
-    from toprovar_compile.floor import Rates
+    from toprovar_compile.bench import infinity as bench_infinity
+    from toprovar_compile.bench.floor import Rates
 
     console = Console()
     if merge:

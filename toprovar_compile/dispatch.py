@@ -8,7 +8,7 @@ and is counted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,6 +33,7 @@ from toprovar_compile.passes import (
     prove_token_axis,
     prune_tokens,
     read_entropy,
+    restore_tokens,
     run_passes,
     shape_of,
     symbols_of,
@@ -42,12 +43,14 @@ from toprovar_compile.passes._base import PassContext
 from toprovar_compile.passes.write_kv_cache import SkipReason
 from toprovar_compile.plan import DENSE, LayerAction, Plan
 from toprovar_compile.policies.decide import ENTROPY_SOURCE
-from toprovar_compile.policies.selection import kept_tokens
-from toprovar_compile.policies.tokens import resize_tokens
+from toprovar_compile.policies.selection import kept_by_entropy, kept_tokens
+from toprovar_compile.policies.tokens import area_tables, resize_tokens
 from toprovar_compile.report import GraphReport, counters, logger, ran
 from toprovar_compile.session import Session, current_session
 
 Grid = tuple[int, int]
+
+_KINDS_OF_DELTA = {0: "", 1: ", cached on its grid", 3: ", cached"}  # by the inputs it takes
 
 
 # compiled pieces
@@ -92,9 +95,13 @@ class Unit:
                 return variant
         if any(v.name == name for v in self.variants):
             counters.add("variant_guard_miss", f"{name} at {values}")
-        if min(values.values(), default=2) < 2:  # a size of 0 or 1 is a special case of broadcasting: fixed
-            open_dims = [{at: d for at, d in dims.items() if args[i].shape[at] > 1} for i, dims in enumerate(open_dims)]
+        # A size of 0 or 1 is a special case of broadcasting: fixed.
+        fixed = {d: value for d, value in values.items() if value < 2}
+        open_dims = [{at: d for at, d in dims.items() if d not in fixed} for dims in open_dims]
         compiled = compile_graph(graph, args, open_dims, self.inner, self.hints)
+        if self.inner != "eager":  # which assumes nothing
+            equal = (sympy.Eq(sympy.Symbol(d, integer=True), value) for d, value in fixed.items())
+            compiled = replace(compiled, relations=(*compiled.relations, *equal))
         counters.add("compiled", name)
         logger.info("compiled %s in %.1f s", name, compiled.seconds)
         variant = Variant(name, compiled)
@@ -151,28 +158,50 @@ class LayerClass(Unit):
         self.open_dims = open_dimensions(graph, {batch: "batch", tokens: "n"})
         self._graphs: dict[str, tuple[GraphModule, list[dict[int, str]]]] = {}
 
+    @property
+    def graphs(self) -> dict[str, GraphModule]:
+        """The graphs of the variants so far, by name."""
+        return {name: graph for name, (graph, _) in list(self._graphs.items())}
+
     def dense(self, measured: bool, args: Sequence[Any]) -> Any:
         """All tokens: (x', entropy (B, n) if measured). `args` are the inputs of the graph."""
         name = "dense" + " with entropy" * measured
         return self.run(name, *self._variant(name, measured, None), args)
 
-    def pruned(self, measured: bool, cached: bool, args: Sequence[Any]) -> Any:
-        """The tokens idx alone: (x', entropy (B, K) if measured). `args` are those of `prune_tokens`."""
-        name = "prune" + ", cached" * cached + " with entropy" * measured
-        return self.run(name, *self._variant(name, measured, cached), args)
+    def pruned(self, measured: bool, delta: Sequence[Tensor], x: Tensor, idx: Tensor, rest: Sequence[Any]) -> Any:
+        """The tokens idx alone: (x', entropy (B, K) if measured). The arguments are those of `prune_tokens`; `delta` is
+        empty without one, and comes with its tables if it is to be resized."""
+        name = "prune" + _KINDS_OF_DELTA[len(delta)] + " with entropy" * measured
+        return self.run(name, *self._variant(name, measured, len(delta)), [x, idx, *delta, *rest])
 
-    def _variant(self, name: str, measured: bool, cached: bool | None) -> tuple[GraphModule, list[dict[int, str]]]:
+    def skipped(self, x: Tensor, delta: Sequence[Tensor]) -> Tensor:
+        """No token: x and the delta, which comes with its tables if it is to be resized."""
+        if len(delta) == 1:
+            return x + delta[0]
+        if "skip" not in self._graphs:
+            self._graphs["skip"] = restore_tokens(self.graph), [self.open_dims[0], *self._delta_dims(len(delta))]
+        (out,) = self.run("skip", *self._graphs["skip"], [x, *delta])
+        return out  # type: ignore[no-any-return]
+
+    def _variant(self, name: str, measured: bool, delta: int | None) -> tuple[GraphModule, list[dict[int, str]]]:
+        """The graph and its open dimensions; `delta` is None for all tokens, else how many inputs the delta takes."""
         if name not in self._graphs:
             graph = read_entropy(self.graph) if measured else copy_graph(self.graph)
             run_passes(graph, PASSES_OF_A_VARIANT, PassContext())
-            dims = self.open_dims
-            if cached is not None:
-                graph = prune_tokens(graph, self.proof, cached=cached)
-                batch = {d: name for d, name in dims[0].items() if d == 0}
-                lead = [dims[0], {1: "k", **batch}] + [dims[0]] * cached
-                dims = [*lead, *dims[1:]]
-            self._graphs[name] = (graph, dims)
+            first, *dims = self.open_dims
+            lead = [first]
+            if delta is not None:
+                graph = prune_tokens(graph, self.proof, cached=delta > 0, resized=delta > 1)
+                lead += [self._of_batch("k"), *self._delta_dims(delta)]
+            self._graphs[name] = (graph, [*lead, *dims])
         return self._graphs[name]
+
+    def _delta_dims(self, count: int) -> list[dict[int, str]]:
+        """Open dimensions of a delta, or of a smaller one and its tables."""
+        return [self._of_batch("old"), {1: "n"}, {1: "n"}] if count > 1 else [self.open_dims[0]] * count
+
+    def _of_batch(self, tokens: str) -> dict[int, str]:
+        return {d: name for d, name in self.open_dims[0].items() if d == 0} | {1: tokens}
 
 
 _classes: dict[tuple[str, Inner], LayerClass] = {}
@@ -197,15 +226,23 @@ def reset() -> None:
 # state of a generation
 
 
+WATCH = "watch"
+"""Key in `Session.store` of a `Watch`; it is set before the first step, and no step is then a CUDA graph."""
+
+Watch = Callable[[str | int, int, "LayerAction | None", "LayerState | None", Tensor], None]
+"""Called after each part of a step: ("prologue", "epilogue" or the layer, scale, its action and state, the stream)."""
+
+
 @dataclass
 class LayerState:
     """What one layer keeps between scales: buffers (k, v) of each cache and the tokens in them, its latest entropy map
-    and its delta for restoring, each with its grid."""
+    and its delta for restoring, each with its grid. `kept` are the tokens of its latest scale, None for all."""
 
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
     entropy: tuple[Tensor, Grid] | None = None
     delta: tuple[Tensor, Grid] | None = None
+    kept: Tensor | None = None
 
     def narrow(self, rows: int) -> None:
         """Keep the first `rows` rows of everything: guidance was switched off."""
@@ -222,6 +259,7 @@ class StepState:
         self.layers = [LayerState() for _ in range(count)]
         self.prologues: dict[int, _Prologue] = {}
         key = (count, session.schedule if session else None)
+        self.watch: Watch | None = session.store.get(WATCH) if session is not None else None
         self.lane = lanes.take(key) if session is not None else Lane()
         if session is not None:
             session.on_close.append(lambda: lanes.give(key, self.lane))
@@ -361,7 +399,8 @@ class StepProgram:
             if plan is not state.plan:
                 state.follow(plan)
         x = args[self.moving[0]] if self.moving else None
-        if x is None or not x.is_cuda or state.session is None or not self._graphable(plan):
+        watched = state.watch is not None
+        if x is None or not x.is_cuda or state.session is None or watched or not self._graphable(plan):
             return self._run(args, plan, state)
         state.session.graphs = state.lane.call
         scale = Scale(
@@ -388,11 +427,18 @@ class StepProgram:
         first = self.layers[0]
         x = env[first.stream].contiguous()
         s, actions = self._actions(plan, state, x)
+        if state.watch is not None:
+            state.watch("prologue", s, None, None, x)
+        kept = self._choose(plan, s, actions, state.layers, x.shape[0])
         for i, bound in enumerate(self.layers):
-            x = self._run_layer(bound, i, s, actions[i], plan, state, env, x)
+            x = self._run_layer(bound, i, s, actions[i], kept.get(i), plan, state, env, x)
             env[bound.out] = x
+            if state.watch is not None:
+                state.watch(i, s, actions[i], state.layers[i], x)
         inputs = [env[name] for name in self.split.epilogue.inputs]
         outs = self.epilogue.run("epilogue", self.epilogue.graph, self.epilogue_dims, inputs)
+        if state.watch is not None:
+            state.watch("epilogue", s, None, None, x)
         env.update(zip(self.split.epilogue.outputs, outs, strict=True))
         return [env[name] if name is not None else None for name in self.split.outputs]
 
@@ -425,12 +471,37 @@ class StepProgram:
                 actions[i] = DENSE
         return s, actions
 
+    @staticmethod
+    def _choose(
+        plan: Plan | None, s: int, actions: Sequence[LayerAction], layers: Sequence[LayerState], rows: int
+    ) -> dict[int, tuple[Tensor, Tensor]]:
+        """For layers pruned by entropy: the tokens they keep (B, K) and their maps (B, N) on the grid of scale `s`.
+
+        All maps are known before the scale starts: layers with equal forms of them are resized and sorted together.
+        """
+        groups: dict[Any, list[int]] = {}
+        for i, action in enumerate(actions):
+            if plan is not None and plan.score == "entropy" and action.kind == "prune":
+                layers[i].narrow(rows)
+                entropy = layers[i].entropy
+                assert entropy is not None
+                groups.setdefault((action.keep, entropy[1], entropy[0].shape), []).append(i)
+        chosen: dict[int, tuple[Tensor, Tensor]] = {}
+        for (keep, grid, shape), members in groups.items():
+            assert plan is not None
+            maps = torch.cat([layers[i].entropy[0] for i in members])  # type: ignore[index]
+            maps = resize_tokens(maps, grid, plan.schedule.grids[s]).unflatten(0, (len(members), shape[0]))
+            idx = kept_by_entropy(plan, s, members, keep, maps)
+            chosen.update(zip(members, zip(idx, maps, strict=True), strict=True))
+        return chosen
+
     def _run_layer(
         self,
         bound: _Bound,
         i: int,
         s: int,
         action: LayerAction,
+        kept: tuple[Tensor, Tensor] | None,
         plan: Plan | None,
         state: StepState,
         env: dict[str, Any],
@@ -438,32 +509,34 @@ class StepProgram:
     ) -> Tensor:
         layer = state.layers[i]
         layer.narrow(x.shape[0])
+        layer.kept = None
         self._open_buffers(bound, i, layer, state, env, x)
         measured = (s, i) in state.reads
+        delta: list[Tensor] = []
+        if action.kind != "dense" and plan is not None and plan.restore == "cached":
+            delta = self._delta(layer, plan.schedule.grids[s])
         if action.kind == "skip":
-            assert plan is not None
-            out = x if plan.restore == "identity" else x + self._delta(layer, plan, s)
+            out = bound.cls.skipped(x, delta) if delta else x
         else:
             rest = [env[name] for name in bound.inputs]
             rest += [b for pair in layer.buffers for b in pair] + layer.lengths
-            idx, entropy = None, None
+            count, known = x.shape[1], None
             if action.kind == "prune":
                 assert plan is not None and action.keep is not None
-                if plan.score == "entropy":
-                    assert layer.entropy is not None
-                    entropy = resize_tokens(*layer.entropy, plan.schedule.grids[s])
-                idx = kept_tokens(plan, s, i, action.keep, x, entropy)
-                cached = plan.restore == "cached"
-                lead = [x, idx, self._delta(layer, plan, s)] if cached else [x, idx]
-                out, *more = bound.cls.pruned(measured, cached, [*lead, *rest])
+                count = action.keep
+                if kept is None:
+                    idx = kept_tokens(plan, s, i, count, x, None)
+                else:
+                    idx, known = (t[: x.shape[0]] for t in kept)
+                layer.kept = idx
+                out, *more = bound.cls.pruned(measured, delta, x, idx, rest)
             else:
                 out, *more = bound.cls.dense(measured, [x, *rest])
-            count = x.shape[1] if idx is None else idx.shape[1]
             layer.lengths = [p + count for p in layer.lengths]
             if measured:
                 assert plan is not None
-                merged = more[0] if entropy is None or idx is None else entropy.scatter(1, idx, more[0])
-                layer.entropy = merged, plan.schedule.grids[s]
+                # The resized map was made for this layer at this scale: nobody else holds it.
+                layer.entropy = more[0] if known is None else known.scatter_(1, idx, more[0]), plan.schedule.grids[s]
             if (s, i) in state.deltas and out.shape == x.shape:
                 assert plan is not None
                 layer.delta = out - x, plan.schedule.grids[s]
@@ -472,9 +545,13 @@ class StepProgram:
         return out
 
     @staticmethod
-    def _delta(layer: LayerState, plan: Plan, s: int) -> Tensor:
+    def _delta(layer: LayerState, grid: Grid) -> list[Tensor]:
+        """The delta of a layer on `grid`, or, kept on a smaller one, with the tables that resize it to that."""
         assert layer.delta is not None
-        return resize_tokens(*layer.delta, plan.schedule.grids[s])
+        delta, source = layer.delta
+        if source == grid or source[0] > grid[0] or source[1] > grid[1]:
+            return [resize_tokens(delta, source, grid)]
+        return [delta, *area_tables(source, grid, delta.device)]
 
     def _open_buffers(
         self, bound: _Bound, i: int, layer: LayerState, state: StepState, env: dict[str, Any], x: Tensor

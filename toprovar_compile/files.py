@@ -33,18 +33,20 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            os.chmod(name, 0o644)
+            os.replace(name, target)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
     except OSError as error:
         raise OptionError(
-            f"cannot write the file: {error.strerror}", where=str(target), expected="a folder that can be written"
+            f"cannot write the file: {error.strerror}",
+            where=str(target),
+            expected="a folder that can be written and has room",
         ) from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
     return target
 
 

@@ -6,9 +6,13 @@ them comes back as sympy relations, for the dispatcher to check before each use:
 
 from __future__ import annotations
 
+import functools
+import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -31,12 +35,14 @@ INNERS: tuple[Inner, ...] = ("inductor", "eager")
 class Compiled:
     """Compiled code. `call` takes the inputs and returns the outputs as a sequence.
 
-    `relations` hold whenever it may be called, in the symbols named at compilation; `seconds` is what compiling took.
+    `relations` hold whenever it may be called, in the symbols named at compilation; `seconds` is what compiling took,
+    from `started` on the clock `time.perf_counter`.
     """
 
     call: Callable[..., Sequence[Any]]
     relations: tuple[sympy.Basic, ...]
     seconds: float
+    started: float = 0.0
 
 
 def compile_graph(
@@ -56,12 +62,12 @@ def compile_graph(
         raise OptionError(f"inner is {inner!r}", where="options", expected="one of " + ", ".join(INNERS))
     start = time.perf_counter()
     if inner == "eager":
-        return Compiled(gm.forward, (), time.perf_counter() - start)
+        return Compiled(gm.forward, (), time.perf_counter() - start, start)
     # Called while a compiled graph runs, this thread's dispatcher is in that graph's state (below autograd, autocast
     # off), in which nothing can be traced. A new thread starts in the default state.
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="toprovar-compile") as thread:
         call, relations = thread.submit(_compile, gm, inputs, open_dims, hints or {}).result()
-    return Compiled(call, relations, time.perf_counter() - start)
+    return Compiled(call, relations, time.perf_counter() - start, start)
 
 
 def _compile(
@@ -159,3 +165,119 @@ def _explain_failure(error: BaseException) -> None:
                 todo="install one (Debian: apt-get install g++), or use options={'inner': 'eager'}",
             ) from error
         cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+
+
+# what the compiler tells about itself
+
+
+def generated_code(call: Callable[..., Any]) -> tuple[str, str]:
+    """(text of the file that Inductor generated, key in its cache) for the `call` of a `Compiled`; empty if it has none.
+
+    Found by walking through the wrappers around it, so that nothing is recorded while compiling.
+    """
+    found = _output_code(call, set(), _DEEPEST)
+    return (found.source_code, getattr(found, "_fx_graph_cache_key", None) or "") if found is not None else ("", "")
+
+
+def cache_factors(call: Callable[..., Any]) -> dict[str, str]:
+    """What Inductor's cache key of compiled code is made of: the name of each factor and its hash."""
+    found = _output_code(call, set(), _DEEPEST)
+    lines = getattr(found, "_fx_graph_cache_debug_lines", None) or ()
+    parts = (line.partition("] ") for line in lines)
+    return {rest.partition(":")[0]: head.lstrip("[") for head, _, rest in parts}
+
+
+_DEEPEST = 16  # wrappers of AOT and Inductor around compiled code; it is found at about half of that
+
+
+def _output_code(value: Any, seen: set[int], depth: int) -> Any:
+    if depth == 0 or id(value) in seen:
+        return None
+    seen.add(id(value))
+    if isinstance(getattr(value, "source_code", None), str):
+        return value
+    inner: list[Any] = []
+    if isinstance(value, types.FunctionType):
+        cells = value.__closure__ or ()
+        inner = [c.cell_contents for c in cells if c != types.CellType()] + list(vars(value).values())
+    elif isinstance(value, types.MethodType):
+        inner = [value.__self__, value.__func__]
+    elif isinstance(value, functools.partial):
+        inner = [value.func, *value.args]
+    elif isinstance(value, list | tuple):
+        inner = list(value)
+    elif type(value).__module__.startswith("torch._") and hasattr(value, "__dict__"):
+        inner = list(vars(value).values())
+    for part in inner:
+        if callable(part) or isinstance(part, list | tuple):
+            found = _output_code(part, seen, depth - 1)
+            if found is not None:
+                return found
+    return None
+
+
+def is_traced() -> bool:
+    """Whether structured logs are written (TORCH_TRACE, for tlparse)."""
+    from torch._logging._internal import trace_log
+
+    return any(getattr(handler, "root_dir", None) for handler in trace_log.handlers)
+
+
+def trace_artifact(name: str, text: Callable[[], str], encoding: Literal["string", "json"] = "string") -> None:
+    """Hand a text to the structured log; `text` is not called when none is written."""
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": f"toprovar_{name}", "encoding": encoding},
+        payload_fn=text,
+        expect_trace_id=False,
+    )
+
+
+@dataclass
+class DynamoNews:
+    """What Dynamo did meanwhile: frames that it compiled (function, file, line, seconds, why again), and graph breaks."""
+
+    frames: list[tuple[str, str, int, float, str]]
+    breaks: list[str]
+
+
+@contextmanager
+def watch_dynamo() -> Iterator[DynamoNews]:
+    """Collect what Dynamo does in the `with` block; it is complete when the block ends."""
+    from torch._dynamo import symbolic_convert
+    from torch._dynamo.utils import get_compilation_metrics
+
+    news = DynamoNews([], [])
+    handler = _Collect(news.breaks)
+    log = symbolic_convert.graph_break_log
+    before, level, propagate = list(get_compilation_metrics()), log.level, log.propagate
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    log.propagate = propagate and level == logging.DEBUG  # shown elsewhere only if the user asked for it
+    try:
+        yield news
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(level)
+        log.propagate = propagate
+        old = {id(m) for m in before}
+        news.frames += [
+            (
+                m.co_name or "?",
+                m.co_filename or "?",
+                m.co_firstlineno or 0,
+                m.entire_frame_compile_time_s or 0.0,
+                m.recompile_reason or "",
+            )
+            for m in get_compilation_metrics()
+            if id(m) not in old
+        ]
+
+
+class _Collect(logging.Handler):
+    def __init__(self, into: list[str]) -> None:
+        super().__init__()
+        self._into = into
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._into.append(record.getMessage())

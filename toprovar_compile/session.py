@@ -27,6 +27,10 @@ _NOT_COMPILED = (
 )
 
 
+IMAGE_SINK = "image"
+"""Key in `Session.store` of a callable that is given the images of a generation."""
+
+
 @dataclass
 class Session:
     """One generation. `scale` is the scale in progress; `plan` is bound by the first compiled step, None in eager mode,
@@ -66,6 +70,13 @@ class Session:
         if self.graphs is not None:
             return self.graphs(key, run, args, fixed, generator)
         return run(*args) if generator is None else run(*args, generator)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def finished(self, images: Tensor) -> Tensor:
+        """`images` (B, 3, H, W) in 0..1 as they are; a model returns them through this, so that a dump can show them."""
+        if (sink := self.store.get(IMAGE_SINK)) is not None:
+            sink(images)
+        return images
 
     def guided(self) -> bool:
         """Whether the scale in progress runs with its unconditional half; so it is unless the plan says otherwise."""

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from toprovar_compile.bench.timeline import Timeline
 from toprovar_compile.models.bsq import BSQVAE, BSQVAEConfig, sample_bits
-from toprovar_compile.timeline import Timeline
 
 pytestmark = [
     pytest.mark.gpu,

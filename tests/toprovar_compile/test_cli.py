@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from toprovar_compile import bench, bench_fae, calibrate, cli, measure, models
+from toprovar_compile import calibrate, cli, measure, models
+from toprovar_compile.bench import emoji_var as bench
+from toprovar_compile.bench import fae as bench_fae
 from toprovar_compile.errors import OptionError, PlanError
 from toprovar_compile.measure import Way
 from toprovar_compile.models.var import VAR
@@ -20,10 +22,11 @@ NAMES = ["red apple", "rocket", *(f"thing {i}" for i in range(2, 10))]
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_var: VAR) -> Callable[..., Any]:
     """The command line with a tiny model in place of the shipped ones, and no compilation."""
-    tiny_var.class_names = NAMES
+    monkeypatch.setattr(tiny_var, "class_names", NAMES)
     folder = tmp_path / "weights"
     folder.mkdir()
-    tiny_var.plan = Plan.keep_share(tiny_var.schedule, 3, 0.5, 4, bucket=4, fingerprint=tiny_var.fingerprint())
+    plan = Plan.keep_share(tiny_var.schedule, 3, 0.5, 4, bucket=4, fingerprint=tiny_var.fingerprint())
+    monkeypatch.setattr(tiny_var, "plan", plan)
     (folder / "classes.json").write_text(json.dumps([{"name": n, "code": "", "base": 0} for n in NAMES]))
 
     def load(name: str, device: object = None) -> VAR:

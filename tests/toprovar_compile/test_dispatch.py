@@ -19,6 +19,7 @@ from toprovar_compile.errors import PlanError, UnsupportedGraphError
 from toprovar_compile.inductor import Compiled
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
+from toprovar_compile.policies.selection import kept_by_entropy
 from toprovar_compile.reference import pruned
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
@@ -207,6 +208,32 @@ def test_own_modulation_of_each_layer(make_var: Callable[..., VAR]) -> None:
         own.check(_plan(own.model, late, restore=restore), THREE)
 
 
+def test_layers_of_one_count_are_chosen_together(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[tuple[int, list[int], tuple[int, ...]]] = []
+
+    def record(plan: Plan, s: int, layers: Sequence[int], keep: int, entropy: Tensor) -> Tensor:
+        chosen.append((s, list(layers), tuple(entropy.shape)))
+        return kept_by_entropy(plan, s, layers, keep, entropy)
+
+    monkeypatch.setattr(dispatch, "kept_by_entropy", record)
+    late = {3: (_prune(6), _prune(8), _prune(6)), 4: (_prune(9), _prune(9), SKIP)}
+    pair.check(_plan(pair.model, late), ONE)
+    assert chosen == [(3, [0, 2], (2, 2, 16)), (3, [1], (1, 2, 16)), (4, [0, 1], (2, 2, 36))]
+
+
+def test_maps_of_several_grids(pair: Pair) -> None:
+    late = {2: (SKIP, DENSE, _prune(4)), 3: (DENSE, SKIP, DENSE), 4: (_prune(9), _prune(9), _prune(9))}
+    pair.check(_plan(pair.model, late), THREE)
+
+
+def test_grids_that_repeat_and_that_do_not_divide(make_var: Callable[..., VAR]) -> None:
+    model = make_var(depth=2, patch_nums=(1, 3, 3, 5, 7))
+    own = Pair(model, (THREE,))
+    late = {2: (_prune(4), SKIP), 3: (_prune(6), SKIP), 4: (SKIP, _prune(20))}
+    for restore in ("cached", "identity"):
+        own.check(_plan(model, late, restore=restore), THREE)
+
+
 def test_entropy_and_deltas_are_kept_only_where_they_are_read(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[StepState] = []
     original = StepState.__init__
@@ -289,8 +316,11 @@ def test_sizes_of_one_are_compiled_apart(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(dispatch, "compile_graph", compile_graph)
     gm = _square()
-    Unit(gm, "eager", {}).run("square", gm, [{0: "batch", 1: "n"}], [torch.ones(3, 1)])
-    assert opened == [[{0: "batch"}]]
+    unit = Unit(gm, "inductor", {})
+    for n in (1, 4, 1, 9):
+        unit.run("square", gm, [{0: "batch", 1: "n"}], [torch.ones(3, n)])
+    assert opened == [[{0: "batch"}], [{0: "batch", 1: "n"}]]
+    assert [v.hits for v in unit.variants] == [2, 2], "what was compiled for one is for nothing else"
 
 
 def test_open_dimensions_of_a_product() -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from toprovar_compile import bench_infinity
-from toprovar_compile.bench_infinity import Settings, tiny
+from toprovar_compile.bench import infinity as bench_infinity
+from toprovar_compile.bench.infinity import Settings, tiny
 
 ROOTS = {
     "official": os.environ.get("TOPROVAR_INFINITY_SOURCE", ""),

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toprovar_compile import infinity_official
+from toprovar_compile.bench import infinity_official
 from toprovar_compile.models.bsq import BSQVAE, BSQVAEConfig, sample_bits
 
 ROOT = os.environ.get("TOPROVAR_INFINITY_SOURCE", "")

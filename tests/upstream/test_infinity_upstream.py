@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from toprovar_compile import infinity_official
+from toprovar_compile.bench import infinity_official
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig, official_config
 from toprovar_compile.models.infinity_loading import official_state

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters as dynamo
 
 import toprovar_compile as tv
-from toprovar_compile import infinity_official
+from toprovar_compile.bench import infinity_official
 from toprovar_compile.errors import OptionError, UnsupportedModelError
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig

@@ -318,7 +318,7 @@ class Infinity(nn.Module):
                     summed, x = self._advance(s, grids, logits, summed, rng, options, forced)
                     decide(session, summed, self.vae.decode)
                 assert summed is not None
-                return self.vae.decode(summed)
+                return session.finished(self.vae.decode(summed))
 
     # what surrounds a step
 

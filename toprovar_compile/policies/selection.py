@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -32,27 +33,38 @@ def kept_tokens(plan: Plan, s: int, layer: int, keep: int, x: Tensor, entropy: T
         raise PlanError(
             f"layer {layer} is pruned at scale {s} and has no entropy", where="kept_tokens", expected="a map"
         )
-    probability, generator = None, None
-    if plan.selection == "gumbel":
-        generator = selection_generator(plan.seed, s, layer, entropy.device)
-        probability = keep_probability(
-            entropy,
+    return kept_by_entropy(plan, s, [layer], keep, entropy[None])[0]
+
+
+def kept_by_entropy(plan: Plan, s: int, layers: Sequence[int], keep: int, entropy: Tensor) -> Tensor:
+    """`kept_tokens` of several layers at once, int64 (L, B, keep), from the maps (L, B, N) of these `layers`."""
+
+    def select(maps: Tensor, generator: torch.Generator | None = None, odds: Tensor | None = None) -> Tensor:
+        return select_tokens(
+            maps,
+            keep,
+            selection=plan.selection,
+            direction=plan.direction,
+            generator=generator,
+            keep_prob=odds,
+            grid=plan.schedule.grids[s],
+            region_share=plan.region_share,
+        )
+
+    if plan.selection == "topk":  # the rows of all layers are sorted together
+        return select(entropy.flatten(0, 1)).unflatten(0, entropy.shape[:2])
+    drawn = []
+    for layer, maps in zip(layers, entropy, strict=True):
+        odds = keep_probability(
+            maps,
             phi=(s + 1) / len(plan.schedule),
             layer_score=plan.layer_scores[layer] if plan.layer_scores else 1.0,
             alpha_min=plan.alpha_min,
             alpha_max=plan.alpha_max,
             normalisation=plan.normalisation,
         )
-    return select_tokens(
-        entropy,
-        keep,
-        selection=plan.selection,
-        direction=plan.direction,
-        generator=generator,
-        keep_prob=probability,
-        grid=grid,
-        region_share=plan.region_share,
-    )
+        drawn.append(select(maps, selection_generator(plan.seed, s, layer, maps.device), odds))
+    return torch.stack(drawn)
 
 
 def mean_distance(x: Tensor) -> Tensor:

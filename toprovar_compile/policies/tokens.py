@@ -7,6 +7,7 @@ by row.
 from __future__ import annotations
 
 import hashlib
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +40,28 @@ def resize_tokens(x: Tensor, source: Grid, target: Grid) -> Tensor:
     # A channels-last view goes in and comes out, so that no layout is copied.
     resized = F.interpolate(maps, size=target, mode="area").permute(0, 2, 3, 1)
     return resized.reshape(x.shape[0], target[0] * target[1], *x.shape[2:])
+
+
+@cache
+def area_tables(source: Grid, target: Grid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`resize_tokens` to a grid whose sides are no smaller, as tables: rows, int64 (4, N), and shares, float32 (4, N).
+
+    Token i of the target is sum_j shares[j, i] * x[:, rows[j, i]]; the shares are powers of two, so that this is exact.
+    The tables of a pair of grids stay where they are: CUDA graphs read them.
+    """
+    with torch.inference_mode(False):
+        (top, high), (left, wide) = (_touched(s, t, device) for s, t in zip(source, target, strict=True))
+        rows = top[:, None, :, None] * source[1] + left[None, :, None, :]
+        shares = high[:, None, :, None] * wide[None, :, None, :]
+        return rows.view(4, target[0] * target[1]), shares.view(4, target[0] * target[1])
+
+
+def _touched(source: int, target: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The one or two places of a side of `source` that each of `target` touches, and their shares: (2, target) both."""
+    place = torch.arange(target, device=device)
+    first, last = place * source // target, ((place + 1) * source - 1) // target
+    second = (last > first) * 0.5
+    return torch.stack((first, last)), torch.stack((1 - second, second))
 
 
 def keep_probability(

@@ -214,14 +214,18 @@ class ToProVarPolicy:
         n = self.stats.schedule.tokens[s]
         if self.depth is None or s < self.depth or self.layer_class(layer) != "detail":
             return n
-        t = self.thresholds
+        share = self.keep_share(s, layer)
+        # The small term undoes float noise: a share of 0.3 of 160 tokens is three tiles, not four.
+        bucket = next((b for b in self.thresholds.buckets if b >= share - 1e-9), 1.0)
+        return min(math.ceil(bucket * n / _TILE - 1e-9) * _TILE, n)
+
+    def keep_share(self, s: int, layer: int) -> float:
+        """Mean keep-probability (0..1) over the map that calibration measured, at least `min_share`."""
+        n, t = self.stats.schedule.tokens[s], self.thresholds
         weight = (s + 1) / len(self.stats.schedule) * self.scores[layer] / (1 if t.normalisation == "mean_one" else n)
         points = self.stats.spread[s][layer]
         pruned = (min(max(t.alpha_min + (t.alpha_max - t.alpha_min) * weight * h, 0.0), 1.0) for h in points)
-        share = max(1 - sum(pruned) / len(points), t.min_share)
-        # The small term undoes float noise: a share of 0.3 of 160 tokens is three tiles, not four.
-        bucket = next((b for b in t.buckets if b >= share - 1e-9), 1.0)
-        return min(math.ceil(bucket * n / _TILE - 1e-9) * _TILE, n)
+        return max(1 - sum(pruned) / len(points), t.min_share)
 
     def restore(self) -> Restore:
         """As the thresholds say."""

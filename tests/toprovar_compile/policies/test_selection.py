@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from toprovar_compile.errors import PlanError
 from toprovar_compile.plan import Plan
-from toprovar_compile.policies.selection import kept_tokens, local_detail, mean_distance, random_order
+from toprovar_compile.policies.selection import kept_by_entropy, kept_tokens, local_detail, mean_distance, random_order
 from toprovar_compile.schedule import ScaleSchedule
 
 SCHEDULE = ScaleSchedule.from_patch_nums((1, 4, 6))
@@ -74,3 +74,23 @@ def test_pruning_without_entropy_and_delta_needs_no_dense_scale() -> None:
     early = {"bucket": 1, "score": "random", "restore": "identity"}
     rows = (Plan.keep_share(SCHEDULE, 2, {1: 0.5, 2: 0.5}, 1, **early)).scales  # type: ignore[arg-type]
     Plan(SCHEDULE, 2, rows, restore="identity", score="random").validate_first()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"direction": "high_entropy"},
+        {"region_share": 0.4},
+        {"selection": "gumbel", "seed": 3, "layer_scores": [0.3, 0.9, 0.5], "region_share": 0.4},
+    ],
+    ids=str,
+)
+def test_layers_together_keep_what_each_keeps_alone(fields: dict[str, object]) -> None:
+    plan = Plan.from_json(Plan.keep_share(SCHEDULE, 3, 0.5, 2, bucket=1).to_json() | fields)
+    maps = torch.randint(9, (3, 2, 36), generator=torch.Generator().manual_seed(0)).float()  # full of equal values
+    maps[1, 0, 5] = torch.nan
+    together = kept_by_entropy(plan, 2, range(3), 18, maps)
+    assert together.shape == (3, 2, 18)
+    alone = [kept_tokens(plan, 2, i, 18, torch.zeros(2, 36, 8), maps[i]) for i in range(3)]
+    assert torch.equal(together, torch.stack(alone))

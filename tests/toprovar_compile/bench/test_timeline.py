@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from toprovar_compile import timeline
-from toprovar_compile.timeline import Timeline, Work
+from toprovar_compile.bench import timeline
+from toprovar_compile.bench.timeline import Timeline, Work
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import nn
 
-from toprovar_compile import bench, measure, models
-from toprovar_compile.bench import Settings
+from toprovar_compile import measure, models
+from toprovar_compile.bench import emoji_var as bench
+from toprovar_compile.bench.emoji_var import Settings
 from toprovar_compile.errors import PlanError
 from toprovar_compile.measure import Generate, Way
 from toprovar_compile.models.var import VAR

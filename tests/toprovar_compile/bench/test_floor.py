@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from toprovar_compile.floor import Rates, decoder_flops, scale_floors
+from toprovar_compile.bench.floor import Rates, decoder_flops, scale_floors
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import INFINITY_2B
 from toprovar_compile.models.infinity_schedule import infinity_schedule

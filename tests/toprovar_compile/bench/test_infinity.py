@@ -9,13 +9,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from toprovar_compile import bench_infinity, infinity_ways
-from toprovar_compile.bench_infinity import COLUMNS, Settings, rows, tiny
+from toprovar_compile.bench import infinity as bench_infinity
+from toprovar_compile.bench import infinity_ways
+from toprovar_compile.bench.infinity import COLUMNS, Settings, rows, tiny
+from toprovar_compile.bench.infinity_ways import REST, SAMPLING, SCALE, TEXT, VAE, Picture
+from toprovar_compile.bench.timeline import Span
 from toprovar_compile.cli import app
 from toprovar_compile.errors import OptionError, PlanError
-from toprovar_compile.infinity_ways import REST, SAMPLING, SCALE, TEXT, VAE, Picture
 from toprovar_compile.models.infinity_schedule import infinity_schedule
-from toprovar_compile.timeline import Span
 
 EAGER = tiny(Settings(ways=("eager",)))
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from toprovar_compile import infinity_official
+from toprovar_compile.bench import infinity_official
+from toprovar_compile.bench.timeline import Timeline
 from toprovar_compile.models import infinity as infinity_module
 from toprovar_compile.models.infinity import Infinity, InfinityConfig
 from toprovar_compile.plan import Plan
 from toprovar_compile.schedule import ScaleSchedule
-from toprovar_compile.timeline import Timeline
 
 Generate = Callable[..., Tensor]
 

@@ -21,17 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from toprovar_compile import infinity_official, infinity_ways, measure
+from toprovar_compile import measure
+from toprovar_compile.bench import infinity_official, infinity_ways
+from toprovar_compile.bench.floor import Rates, decoder_flops, scale_floors
+from toprovar_compile.bench.infinity_ways import REST, SAMPLING, SCALE, TEXT, VAE, Picture, Running, Way
+from toprovar_compile.bench.timeline import Span
 from toprovar_compile.errors import OptionError, nearest
 from toprovar_compile.files import write_bytes, write_json
-from toprovar_compile.floor import Rates, decoder_flops, scale_floors
-from toprovar_compile.infinity_ways import REST, SAMPLING, SCALE, TEXT, VAE, Picture, Running, Way
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import INFINITY_2B, INFINITY_8B, InfinityConfig
 from toprovar_compile.models.infinity_schedule import infinity_schedule
 from toprovar_compile.plan_spec import parse_plan
 from toprovar_compile.report import counters
-from toprovar_compile.timeline import Span
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -11,8 +11,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from toprovar_compile import bench_fae
-from toprovar_compile.bench_fae import Case, Settings
+from toprovar_compile.bench import fae as bench_fae
+from toprovar_compile.bench.fae import Case, Settings
 from toprovar_compile.kernels import fae_reference
 from toprovar_compile.models.infinity_schedule import infinity_schedule
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from toprovar_compile import bench_fae
-from toprovar_compile.bench_fae import Case, Settings
+from toprovar_compile.bench import fae as bench_fae
+from toprovar_compile.bench.fae import Case, Settings
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

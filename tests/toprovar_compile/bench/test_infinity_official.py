@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from toprovar_compile import infinity_official
+from toprovar_compile.bench import infinity_official
 from toprovar_compile.errors import OptionError
 
 
