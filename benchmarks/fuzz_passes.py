@@ -277,10 +277,13 @@ TRAPS: Mapping[str, tuple[Callable[[Given, Tensor], Tensor], tuple[str, ...]]] =
         lambda g, x: x + F.conv1d(x.mT, g.depthwise, padding=1, groups=C).mT, ("convolution",),
     ),
     "convolution of a grid": (
-        lambda g, x: x + F.conv2d(_grid(x), g.depthwise.unsqueeze(3), padding=(1, 0), groups=C).flatten(2).mT, ("view",),
+        lambda g, x: x + F.conv2d(_grid(x), g.depthwise[..., None], padding=(1, 0), groups=C).flatten(2).mT, ("view",),
     ),
     "pooling": (lambda g, x: x + F.avg_pool1d(x.mT, 3, 1, 1).mT, ("avg_pool", "unsqueeze")),
-    "resized": (lambda g, x: x + F.interpolate(x.mT, scale_factor=1.0, mode="linear").mT, ("arange", "upsample", "")),
+    "resized": (
+        lambda g, x: x + F.interpolate(F.avg_pool1d(x.mT, 2), scale_factor=2.0).mT,
+        ("avg_pool", "arange", "upsample", "unsqueeze"),
+    ),
     "batch norm": (lambda g, x: F.batch_norm(x.mT, None, None, training=True).mT, ("batch_norm",)),
     "group norm": (lambda g, x: F.group_norm(x.mT, 2).mT, ("group_norm", "view")),
     "norm over tokens": (lambda g, x: F.layer_norm(x.mT, x.mT.shape[2:]).mT, ("layer_norm",)),
@@ -600,7 +603,7 @@ def main() -> int:
     if args.out and args.out.exists():
         state = json.loads(args.out.read_text())
     counts, details = Counter(state["counts"]), Counter(state["details"])
-    start = time.monotonic()
+    start, before = time.monotonic(), state["seconds"]
     while state["next_seed"] < args.graphs and time.monotonic() - start < args.minutes * 60:
         layer, verdict = check_seed(state["next_seed"])
         counts[verdict.kind] += 1
@@ -610,12 +613,17 @@ def main() -> int:
             state["wrong"].append({"seed": state["next_seed"], "layer": repr(layer), "what": verdict.detail})
             print(f"seed {state['next_seed']}: {verdict.kind}: {verdict.detail}", flush=True)
         state["next_seed"] += 1
-    state |= {"seconds": round(state["seconds"] + time.monotonic() - start, 1), "counts": dict(counts)}
-    state["details"] = dict(details.most_common(60))
+        if args.out and state["next_seed"] % 100 == 0:
+            write_json(args.out, state | _summary(counts, details, before + time.monotonic() - start))
+    state |= _summary(counts, details, before + time.monotonic() - start)
     if args.out:
         write_json(args.out, state)
-    print(f"{state['next_seed']} layers in {state['seconds']} s: {dict(counts)}")
+    print(f"{state['next_seed']} layers in {state['seconds']} s: {state['counts']}")
     return int(bool(state["wrong"]))
+
+
+def _summary(counts: Counter[str], details: Counter[str], seconds: float) -> dict[str, Any]:
+    return {"seconds": round(seconds, 1), "counts": dict(counts), "details": dict(details.most_common(60))}
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from toprovar_compile.passes.fuse_gelu import check_fuse_gelu, fuse_gelu
 from toprovar_compile.passes.prove_token_axis import TokenProof, prove_token_axis
 from toprovar_compile.passes.prune_tokens import prune_tokens
 from toprovar_compile.passes.restore_tokens import restore_tokens
-from toprovar_compile.passes.rewrite_attention import check_rewrite_attention, rewrite_attention
+from toprovar_compile.passes.rewrite_attention import attention_forms, check_rewrite_attention, rewrite_attention
 from toprovar_compile.passes.split_layers import Layer, Piece, SplitStep, check_split_layers, graph_key, split_layers
 from toprovar_compile.passes.write_kv_cache import check_write_kv_cache, write_kv_cache
 
@@ -40,6 +40,7 @@ __all__ = [
     "Piece",
     "SplitStep",
     "TokenProof",
+    "attention_forms",
     "check_split_layers",
     "check_write_kv_cache",
     "copy_graph",

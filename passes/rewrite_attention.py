@@ -48,7 +48,7 @@ from toprovar_compile.passes._torch_ir import (
     user_line,
 )
 
-__all__ = ["SkipReason", "check_rewrite_attention", "rewrite_attention"]
+__all__ = ["SkipReason", "attention_forms", "check_rewrite_attention", "rewrite_attention"]
 
 FORMS: dict[str, Callable[[Node], Form | None]] = CALLS | {"softmax": match_softmax}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -76,6 +76,11 @@ def rewrite_attention(gm: GraphModule, ctx: PassContext) -> PassReport:
     if matched:
         gm.recompile()
     return PassReport("rewrite_attention", matched, skipped, tuple(notes))
+
+
+def attention_forms(gm: GraphModule) -> Counter[str]:
+    """How often each form of attention stands in a captured graph, by the name of its call."""
+    return Counter(op_name(n) for n in gm.graph.nodes if op_name(n) in FORMS)
 
 
 def check_rewrite_attention(gm: GraphModule) -> None:

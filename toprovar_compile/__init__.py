@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toprovar_compile import errors, models
+    from toprovar_compile.bisecting import bisect_passes
+    from toprovar_compile.explaining import diff, explain
     from toprovar_compile.plan import Plan
     from toprovar_compile.prepare import accelerate, accelerate_blocks, prepare, shims
-    from toprovar_compile.report import explain
     from toprovar_compile.schedule import ScaleSchedule
 
 __version__ = "0.1.0"
@@ -23,6 +24,8 @@ __all__ = [
     "__version__",
     "accelerate",
     "accelerate_blocks",
+    "bisect_passes",
+    "diff",
     "errors",
     "explain",
     "models",
@@ -36,7 +39,9 @@ _NAMES = {
     "ScaleSchedule": "toprovar_compile.schedule",
     "accelerate": "toprovar_compile.prepare",
     "accelerate_blocks": "toprovar_compile.prepare",
-    "explain": "toprovar_compile.report",
+    "bisect_passes": "toprovar_compile.bisecting",
+    "diff": "toprovar_compile.explaining",
+    "explain": "toprovar_compile.explaining",
     "shims": "toprovar_compile.prepare",
 }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from toprovar_compile.bind_plan import PlanBinder
+from toprovar_compile.bisecting import limited
 from toprovar_compile.cuda_graph import Scale
 from toprovar_compile.dispatch import StepProgram, current_lane, state_of
 from toprovar_compile.dump import Dump
@@ -18,7 +19,15 @@ from toprovar_compile.errors import UnsupportedGraphError
 from toprovar_compile.inductor import compile_plain
 from toprovar_compile.kernels import fae
 from toprovar_compile.options import Options
-from toprovar_compile.passes import DYNAMO_PASSES, PassContext, check_split_layers, copy_graph, run_passes, split_layers
+from toprovar_compile.passes import (
+    DYNAMO_PASSES,
+    PassContext,
+    attention_forms,
+    check_split_layers,
+    copy_graph,
+    run_passes,
+    split_layers,
+)
 from toprovar_compile.report import GraphReport, counters, logger, ran
 from toprovar_compile.session import current_session
 
@@ -34,7 +43,7 @@ def toprovar(
 
     Raises OptionError for a bad option, and at the first step PlanError for a plan that does not fit the model.
     """
-    opts = Options.parse(options)
+    opts = limited(Options.parse(options))
     if mode not in (None, "default"):
         counters.add("ignored", f"mode={mode!r}: it is a mode of Inductor; see docs/options.md")
     dump = Dump.open(opts.dump)
@@ -45,7 +54,8 @@ def toprovar(
     passes = run_passes(step, DYNAMO_PASSES, PassContext(observe=dump.observe))
     if not any(n.target is fae for n in step.graph.nodes):
         return _plain(gm, example_inputs, opts, "the graph has no attention: it is no step of a scale", dump)
-    report = GraphReport("step", "one scale through all layers", passes=[str(p) for p in passes])
+    forms = ", ".join(f"{count} x {name}" for name, count in attention_forms(gm).items())
+    report = GraphReport("step", "one scale through all layers", [f"attention: {forms}", *map(str, passes)])
     try:
         return _compile_step(step, example_inputs, opts, report, dump)
     except UnsupportedGraphError as refusal:

@@ -238,25 +238,35 @@ def tune(
     log(f"wrote {out}")
 
 
-@app.command()
+@app.command(context_settings={"allow_extra_args": True})
 def explain(
-    model: Annotated[str, typer.Argument(help="Shipped model.")] = "emoji-var",
+    ctx: typer.Context,
+    target: Annotated[
+        str, typer.Argument(help="SCRIPT.py (its arguments after --), or a shipped model.")
+    ] = "emoji-var",
     plan: PlanText = "auto",
     device: Device = "auto",
     inner: Annotated[str, typer.Option("--inner", help="inductor, or eager to explain without compiling.")] = "eager",
 ) -> None:
-    """Generate one image and print what was captured, proved, specialised and run, with reasons."""
+    """Run a script, or generate one image, and print what was captured, proved, specialised and run, with reasons.
+
+    The options are for shipped models; a script gets what follows --.
+    """
     import torch
 
-    import toprovar_compile
-    from toprovar_compile import measure
+    from toprovar_compile import explaining, measure
     from toprovar_compile.plan_spec import plan_for
 
-    target = measure.pick_device(device)
-    network = _load(model, target)
+    if target.endswith(".py"):
+        typer.echo(str(explaining.explain_script(target, ctx.args)))
+        return
+    if ctx.args:
+        raise OptionError(f"unknown argument {ctx.args[0]!r}", where="toprovar explain", expected="--help shows them")
+    place = measure.pick_device(device)
+    network = _load(target, place)
     run = measure.toprovar_way(plan_for(plan, network), inner=inner).prepare(network)
-    with torch.no_grad(), measure.autocast(target):
-        report = toprovar_compile.explain(run, torch.tensor([0], device=target), seed=0)
+    with torch.no_grad(), measure.autocast(place):
+        report = explaining.explain(run, torch.tensor([0], device=place), seed=0)
     typer.echo(str(report))
 
 

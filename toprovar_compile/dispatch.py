@@ -358,7 +358,8 @@ class StepProgram:
             for b in self.layers
             for p in [b.cls.proof]
         ]
-        report.variants = self._variant_lines
+        report.variants = lambda: [f"{name} {line}" for name, unit in self.units().items() for line in unit.lines()]
+        report.units = self.units
         report.guards = lambda: [f"{text}: {n} hits" for text, n in self.guard_hits.items()]
 
     def _bind(self, layer: Layer, inner: Inner, hints: Mapping[str, int]) -> _Bound:
@@ -386,14 +387,15 @@ class StepProgram:
             tuple(_like(likes[i]) for s in rewrite.sites for i in s.grown),
         )
 
-    def _variant_lines(self) -> list[str]:
+    def units(self) -> dict[str, Unit]:
+        """What is compiled, by name."""
         units: dict[str, Unit] = {f"layer {b.cls.key}": b.cls for b in self.layers}
-        units |= {"prologue": self.prologue, "epilogue": self.epilogue}
-        return [f"{name} {line}" for name, unit in units.items() for line in unit.lines()]
+        return units | {"prologue": self.prologue, "epilogue": self.epilogue}
 
     def __call__(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
         """Run one scale. `plan` None runs every layer dense."""
         ran(self.report)
+        self.report.plan = plan
         if state.session is not None:
             state.session.ran = state.session.scale
             if plan is not state.plan:
@@ -490,7 +492,7 @@ class StepProgram:
         for (keep, grid, shape), members in groups.items():
             assert plan is not None
             maps = torch.cat([layers[i].entropy[0] for i in members])  # type: ignore[index]
-            maps = resize_tokens(maps, grid, plan.schedule.grids[s]).unflatten(0, (len(members), shape[0]))
+            maps = resize_tokens(maps, grid, plan.schedule.grids[s]).view(len(members), shape[0], -1)
             idx = kept_by_entropy(plan, s, members, keep, maps)
             chosen.update(zip(members, zip(idx, maps, strict=True), strict=True))
         return chosen

@@ -171,7 +171,7 @@ def _explain_failure(error: BaseException) -> None:
 
 
 def generated_code(call: Callable[..., Any]) -> tuple[str, str]:
-    """(text of the file that Inductor generated, key in its cache) for the `call` of a `Compiled`; empty if it has none.
+    """(text of the file that Inductor generated, its key in the cache) for the `call` of a `Compiled`, or empty.
 
     Found by walking through the wrappers around it, so that nothing is recorded while compiling.
     """
@@ -225,7 +225,9 @@ def is_traced() -> bool:
 
 def trace_artifact(name: str, text: Callable[[], str], encoding: Literal["string", "json"] = "string") -> None:
     """Hand a text to the structured log; `text` is not called when none is written."""
-    torch._logging.trace_structured(
+    from torch._logging._internal import trace_structured
+
+    trace_structured(
         "artifact",
         metadata_fn=lambda: {"name": f"toprovar_{name}", "encoding": encoding},
         payload_fn=text,
@@ -235,7 +237,7 @@ def trace_artifact(name: str, text: Callable[[], str], encoding: Literal["string
 
 @dataclass
 class DynamoNews:
-    """What Dynamo did meanwhile: frames that it compiled (function, file, line, seconds, why again), and graph breaks."""
+    """What Dynamo did: frames that it compiled, (function, file, line, seconds, why again), and graph breaks."""
 
     frames: list[tuple[str, str, int, float, str]]
     breaks: list[str]

@@ -73,7 +73,7 @@ class Session:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def finished(self, images: Tensor) -> Tensor:
-        """`images` (B, 3, H, W) in 0..1 as they are; a model returns them through this, so that a dump can show them."""
+        """`images` (B, 3, H, W) in 0..1, unchanged: what a model returns goes through this, for dumps to show."""
         if (sink := self.store.get(IMAGE_SINK)) is not None:
             sink(images)
         return images

@@ -15,7 +15,7 @@ from torch.fx import Graph, GraphModule
 from toprovar_compile import dispatch
 from toprovar_compile.dispatch import covers
 from toprovar_compile.errors import MissingCompilerError, OptionError
-from toprovar_compile.inductor import compile_graph, compile_plain
+from toprovar_compile.inductor import cache_factors, compile_graph, compile_plain, generated_code
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
 from toprovar_compile.reference import pruned
@@ -91,6 +91,10 @@ def test_open_dimensions() -> None:
         x, gain = values(batch, n)
         torch.testing.assert_close(compiled.call(x, gain)[0], x * gain + gain, **TOLERANCE)
     assert not covers(compiled.relations, {"batch": 2, "n": 1}), "one token is a special case of broadcasting"
+    code, key = generated_code(compiled.call)
+    assert "cpp_fused" in code and "async_compile" in code and key.isalnum()
+    assert any(name.startswith("example_inputs") for name in cache_factors(compiled.call))
+    assert generated_code(_scaled().forward) == ("", "")
 
 
 @pytest.mark.slow
@@ -146,6 +150,7 @@ COMPILED = {
     "compiled: dense with entropy": 1,
     "compiled: prune, cached with entropy": 1,
     "compiled: prune, cached": 1,
+    "compiled: skip": 1,
     # One for each captured form of the step.
     "compiled: prologue": 3,
     "compiled: epilogue": 3,

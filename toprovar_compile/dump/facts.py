@@ -62,7 +62,10 @@ class VariantFacts:
 
 @dataclass(frozen=True)
 class UnitFacts:
-    """A graph that is compiled: a layer class, a prologue or an epilogue. `nodes` are (name, operator, shape, axis, line)."""
+    """A graph that is compiled: a layer class, a prologue or an epilogue.
+
+    `nodes` are (name, operator, shape, token axis, user line), `stages` (variant, what a pass did for it).
+    """
 
     name: str
     text: str
@@ -95,7 +98,7 @@ def variants_of(unit: Unit) -> list[VariantFacts]:
 def layer_class_facts(cls: LayerClass, layers: list[str]) -> UnitFacts:
     """A class of layers: proof, annotation of every node, variants and the passes that made them."""
     proof = cls.proof
-    text = "the tokens are independent but for attention" if proof.holds else proof.reason
+    text = "the tokens are independent but for attention" if proof.holds else f"none, for {proof.reason}"
     return UnitFacts(
         f"layer_{cls.key}", graph_text(cls.graph, f"layer_{cls.key}"), variants_of(cls), text, proof.holds, layers,
         _nodes(cls.graph), _stages(cls),
@@ -103,7 +106,7 @@ def layer_class_facts(cls: LayerClass, layers: list[str]) -> UnitFacts:
 
 
 def _stages(cls: LayerClass) -> list[tuple[str, Stage]]:
-    """(variant, pass) in order. The passes are run again on copies: they were not watched when the code was compiled."""
+    """(variant, pass) in order. Passes are run again, on copies: nobody watched when the code was compiled."""
     found: list[tuple[str, Stage]] = []
     for name, final in cls.graphs.items():
         if name == "skip":
@@ -129,6 +132,8 @@ def _stages(cls: LayerClass) -> list[tuple[str, Stage]]:
 
 def _nodes(graph: GraphModule) -> list[tuple[str, str, str, str, str]]:
     states = token_states(graph)
+    if not states:  # the number of tokens is fixed in this graph, and nothing was to prove
+        return []
     rows = []
     for node in graph.graph.nodes:
         if node.op in ("placeholder", "call_function"):
@@ -177,7 +182,8 @@ def gather(recorder: Recorder) -> dict[str, Any]:
     units: dict[str, UnitFacts] = {}
     graphs = []
     for record in recorder.graphs:
-        program, names = record.program, {}
+        program = record.program
+        names: dict[str, list[str]] = {}
         if program is not None:
             for b in program.layers:
                 names[b.cls.key] = [*names.get(b.cls.key, []), b.name]
@@ -242,16 +248,16 @@ def plan_facts(plan: Plan, generation: Generation | None) -> dict[str, Any]:
         ran = {(p.scale, p.what): p.action for p in generation.parts if isinstance(p.what, int)}
     scales = []
     for s, scale in enumerate(plan.scales):
-        cells = []
+        cells: list[dict[str, Any]] = []
         for layer in range(plan.num_layers):
             if not scale.run:
-                cells.append({"kind": "norun", "text": "", "ran": ""})
+                cell = {"kind": "norun", "text": "", "ran": ""}
             else:
                 action = scale.layers[layer]
                 did = ran.get((s, layer), str(action))
                 text = {"dense": "", "skip": "0", "prune": str(action.keep)}[action.kind]
-                cells.append({"kind": action.kind, "text": text, "ran": did if did != str(action) else ""})
-            cells[-1]["why"] = why(plan, s, layer)
+                cell = {"kind": action.kind, "text": text, "ran": did if did != str(action) else ""}
+            cells.append(cell | {"why": why(plan, s, layer)})
         h, w = plan.schedule.grids[s]
         scales.append(
             {

@@ -42,8 +42,8 @@ def describe(plan: Plan) -> list[str]:
     if (policy := _policy(plan)) is not None:
         texts.append(f"Pruning starts at scale {policy.depth}: {_depth(policy)}")
         texts.append(
-            f"Layers are classed at scale {policy.representative_scale} by R = exp(-beta * (ratio - 1)) of the first two "
-            f"singular values of their entropy maps, beta = {policy.beta:.4g}: up to "
+            f"Layers are classed at scale {policy.representative_scale} by R = exp(-beta * (ratio - 1)) of the first "
+            f"two singular values of their entropy maps, beta = {policy.beta:.4g}: up to "
             f"{policy.thresholds.global_below} global (dense), from {policy.thresholds.detail_above} detail (pruned), "
             "between them ambiguous (dense)."
         )
@@ -54,8 +54,8 @@ def describe(plan: Plan) -> list[str]:
         texts.append(f"From scale {unguided[0]} on guidance is off: the unconditional half is not computed.")
     for decision in plan.decisions:
         texts.append(
-            f"After scale {decision.after} each batch decides by its {decision.features} whether it goes on with one of "
-            f"the {len(plan.alternatives)} alternatives."
+            f"After scale {decision.after} each batch decides by its {decision.features} whether it goes on with one "
+            f"of the {len(plan.alternatives)} alternatives."
         )
     return texts
 
@@ -143,8 +143,8 @@ def _count(policy: ToProVarPolicy, s: int, layer: int) -> str:
     share, count = policy.keep_share(s, layer), policy.keep_count(s, layer)
     bucket = next((b for b in t.buckets if b >= share - 1e-9), 1.0)
     return (
-        f"the mean keep-probability over the map, with alpha {t.alpha_min}..{t.alpha_max} and R, is {share:.3f}; the next "
-        f"bucket is {bucket} of {n} tokens, in whole tiles {count}."
+        f"the mean keep-probability over the map, with alpha {t.alpha_min}..{t.alpha_max} and R, is {share:.3f}; the "
+        f"next bucket is {bucket} of {n} tokens, in whole tiles {count}."
     )
 
 

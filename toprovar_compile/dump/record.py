@@ -6,7 +6,9 @@ import atexit
 import difflib
 import functools
 import itertools
+import json
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -29,6 +31,9 @@ if TYPE_CHECKING:
     from toprovar_compile.passes import SplitStep
     from toprovar_compile.plan import LayerAction, Plan
     from toprovar_compile.report import GraphReport
+
+
+_GENERATION = "generation of the dump"
 
 
 def graph_text(gm: GraphModule, name: str = "graph") -> str:
@@ -110,6 +115,7 @@ class Recorder:
         self.ended = 0
         self._written = -1
         self._pid = os.getpid()
+        self._lock = threading.Lock()
         atexit.register(self.write)
 
     def watch(self, session: Session, plan: Plan | None) -> None:
@@ -141,6 +147,7 @@ class Recorder:
         def image(images: Tensor) -> None:
             generation.image = images[0].detach().float().cpu()
 
+        session.store[_GENERATION] = generation
         session.store["watch"] = watch
         session.store[IMAGE_SINK] = image
 
@@ -167,9 +174,12 @@ class Recorder:
         """Write the page and the files beside it, unless nothing happened since; a forked child writes nothing."""
         from toprovar_compile.dump.page import write_page
 
-        if os.getpid() == self._pid and self.graphs and self._written != self.ended:
-            self._written = self.ended
-            write_page(self)
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self.graphs and self._written != self.ended:
+                self._written = self.ended
+                write_page(self)
 
 
 _recorders: dict[tuple[str, int], Recorder] = {}
@@ -211,6 +221,7 @@ class Dump:
         self.recorder = recorder
         self.on = recorder is not None or traced
         self._stages: list[Stage] = []
+        self._plans: set[str] = set()
         self._record: GraphRecord | None = None
 
     @classmethod
@@ -277,12 +288,17 @@ class Dump:
 
     def begin(self, plan: Plan | None) -> None:
         """A step is about to run."""
+        if plan is not None and self.on and plan.digest() not in self._plans:
+            self._plans.add(plan.digest())
+            trace_artifact(f"plan_{plan.digest()}", lambda: json.dumps(plan.to_json()))
         if self.recorder is None:
             return
         session = current_session()
         self.recorder.enter()
         if session is not None and "steps" not in session.store:
             self.recorder.watch(session, plan)
+        if session is not None and (generation := session.store.get(_GENERATION)) is not None:
+            generation.plan = plan  # the image may have chosen an alternative
         self.recorder.note(plan)
 
     def _add(self, stage: Stage) -> None:

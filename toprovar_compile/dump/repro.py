@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-_SCRIPT = '''"""One captured graph, run alone: python {name}. Weights and inputs are random numbers of the captured sizes."""
+_SCRIPT = '''"""One captured graph, run alone. Weights and inputs are random numbers of the captured sizes."""
 
 import torch
 from torch import device, inf, nan  # names that graphs use
@@ -31,7 +31,8 @@ compiled = torch.compile(module, backend="toprovar", options={{"plan": "dense", 
 found = compiled(*inputs)
 for i, (a, b) in enumerate(zip(expected, found)):
     if isinstance(a, torch.Tensor):
-        print(f"output {{i}}: {{tuple(a.shape)}}, largest difference {{(a.double() - b.double()).abs().max().item():.3g}}")
+        largest = (a.double() - b.double()).abs().max().item()
+        print(f"output {{i}}: {{tuple(a.shape)}}, largest difference {{largest:.3g}}")
 '''
 
 
@@ -41,14 +42,9 @@ def repro_text(gm: GraphModule, inputs: Sequence[Any], inner: str) -> str:
     if inside:
         return f"# No script: the graph holds {inside[0].op} {inside[0].target}, which has no text.\n"
     module = gm.print_readable(print_output=False).replace("class <lambda>(", "class GraphModule(")
-    marks = [
-        (i, [d for d, size in enumerate(value.shape) if isinstance(size, torch.SymInt)])
-        for i, value in enumerate(inputs)
-        if isinstance(value, Tensor)
-    ]
+    marks = [(i, _open_dims(value)) for i, value in enumerate(inputs) if isinstance(value, Tensor)]
     lines = "\n".join(f"    {_input(value)}," for value in inputs)
     return _SCRIPT.format(
-        name="repro.py",
         module=module.strip(),
         inputs=lines,
         marks=[mark for mark in marks if mark[1]],
@@ -56,6 +52,11 @@ def repro_text(gm: GraphModule, inputs: Sequence[Any], inner: str) -> str:
         cls=module.partition("class ")[2].partition("(")[0],
         inner=inner,
     )
+
+
+def _open_dims(value: Tensor) -> list[int]:
+    sizes: tuple[Any, ...] = tuple(value.shape)
+    return [d for d, size in enumerate(sizes) if isinstance(size, torch.SymInt)]
 
 
 def _input(value: Any) -> str:
@@ -68,5 +69,5 @@ def _input(value: Any) -> str:
     return f"torch.zeros({shape}, {kind})"
 
 
-def _size(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
+def _size(size: Any) -> int:
+    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)

@@ -318,7 +318,8 @@ class Infinity(nn.Module):
                     summed, x = self._advance(s, grids, logits, summed, rng, options, forced)
                     decide(session, summed, self.vae.decode)
                 assert summed is not None
-                return session.finished(self.vae.decode(summed))
+                images: Tensor = session.finished(self.vae.decode(summed))
+                return images
 
     # what surrounds a step
 

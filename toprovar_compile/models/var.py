@@ -323,7 +323,8 @@ class VAR(nn.Module):
                 advance = partial(self._advance, s, sampling=sampling, more_smooth=more_smooth)
                 f_hat, x = session.launch((s, sampling, more_smooth), advance, (logits, f_hat), weights, rng)
                 decide(session, f_hat, self.vae.decode)
-            return session.finished(self.vae.decode(f_hat))
+            images: Tensor = session.finished(self.vae.decode(f_hat))
+            return images
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _begin(self, labels: Tensor, seed: int | None) -> tuple[Tensor, Tensor, Tensor, torch.Generator | None]:

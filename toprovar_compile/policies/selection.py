@@ -52,7 +52,7 @@ def kept_by_entropy(plan: Plan, s: int, layers: Sequence[int], keep: int, entrop
         )
 
     if plan.selection == "topk":  # the rows of all layers are sorted together
-        return select(entropy.flatten(0, 1)).unflatten(0, entropy.shape[:2])
+        return select(entropy.flatten(0, 1)).view(*entropy.shape[:2], keep)
     drawn = []
     for layer, maps in zip(layers, entropy, strict=True):
         odds = keep_probability(
