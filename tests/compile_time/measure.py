@@ -92,6 +92,7 @@ def _rows(
     torch.compiler.reset()
     dispatch.reset()
     counters.reset()
+    dynamo.clear()
     sizes: dict[str, int] = {}
     with torch.no_grad(), _counting(sizes, calls):
         generate(batches[0], prompts[0], 0)

@@ -233,6 +233,7 @@ def test_a_damaged_inductor_cache(tmp_path: Path) -> None:
     assert done.returncode == 0 or "toprovar_compile.errors" in done.stderr, done.stderr[-2000:]
 
 
+@pytest.mark.slow
 def test_without_a_compiler_a_generation_is_a_typed_error() -> None:
     code = (
         "import torch; from toprovar_compile.errors import MissingCompilerError\n"
