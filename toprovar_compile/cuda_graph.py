@@ -133,9 +133,10 @@ class Lane:
         def whole(given: Sequence[Any], *rest: Any) -> list[Any]:
             return list(run(*given[: len(args)], *rest))
 
-        return self.run(
-            Scale.stateless((("call", key), generator is not None), whole, range(len(args)), generator), [*args, *fixed]
-        )
+        # `run` computes in the precision that the caller's autocast region asks for.
+        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+        program = ("call", key, generator is not None, autocast)
+        return self.run(Scale.stateless((program, None), whole, range(len(args)), generator), [*args, *fixed])
 
     def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> list[Any]:
         fixed, fresh = self._put(scale, args)

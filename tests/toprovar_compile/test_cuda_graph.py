@@ -146,3 +146,14 @@ def test_a_condition_that_another_program_saw_first_is_still_new(recorded: list[
         assert not lane._put(step("second"), [old, weight])[1]
     assert lane._put(step("first"), [new, weight])[1]
     assert lane._put(step("second"), [new, weight])[1]
+
+
+def test_what_lies_between_steps_is_recorded_for_each_precision(
+    recorded: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lane, x = Lane(), torch.ones(2)
+    for enabled in (False, True, False, True):
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device, enabled=enabled: enabled)
+        lane.begin()
+        lane.call("advance", lambda a: [a * 2], [x], [], None)
+    assert len(recorded) == 2
