@@ -261,8 +261,7 @@ def _launch_fae(
     m = k.shape[2]
     if lens is not None:
         k, v = k.expand(b, -1, -1, -1), v.expand(b, -1, -1, -1)
-    if scale <= 0.0:  # the kernels take maxima before they scale
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, scale = plain_attention.positive_scale(q, scale)
     out = _empty_out(q)
     entropy = torch.empty((b, n, h), dtype=torch.float32, device=q.device)
     bias = bias if bias is None else bias.expand(b, h, n, m)

@@ -83,9 +83,15 @@ class Choice:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Attention by the winner of the class of these inputs, which is measured first where it is not known."""
-    if scale <= 0.0:  # several kernels take maxima before they scale
-        q, scale = (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
+    q, scale = positive_scale(q, scale)
     return _candidate(_winner(q, k, v, bias, scale))(q, k, v, bias, scale)
+
+
+def positive_scale(q: Tensor, scale: float) -> tuple[Tensor, float]:
+    """Queries and a positive scale that give the same scores: kernels take maxima before they scale."""
+    if scale > 0.0:
+        return q, scale
+    return (-q, -scale) if scale else (torch.zeros_like(q), 1.0)
 
 
 def chosen() -> dict[str, dict[str, Any]]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toprovar_compile.models.infinity_config import InfinityConfig
+from toprovar_compile.models.var import FeedForward
 
 Rows = tuple[Tensor, Tensor]
 Text = tuple[Tensor, Tensor, Tensor]
@@ -102,18 +103,6 @@ class CrossAttention(nn.Module):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected
-
-
-class FeedForward(nn.Module):
-    """Two linear layers with a tanh-approximated GELU."""
-
-    def __init__(self, width: int, hidden: int) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(width, hidden), nn.Linear(hidden, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return out
 
 
 class Block(nn.Module):
