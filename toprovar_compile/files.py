@@ -24,6 +24,19 @@ def cache_folder() -> Path:
     return folder
 
 
+def replace_file(target: Path, data: bytes) -> None:
+    """Write a file that appears complete or not at all, in place of an older one. Raises OSError."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     """Write a file that appears complete or not at all; parents are made, an older file is replaced.
 
@@ -32,15 +45,7 @@ def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
-            os.chmod(name, 0o644)
-            os.replace(name, target)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        replace_file(target, data)
     except OSError as error:
         raise OptionError(
             f"cannot write the file: {error.strerror}",

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,6 +20,7 @@ from typing import Any, Literal, get_args
 
 from toprovar_compile.decision import Decision
 from toprovar_compile.errors import PlanError, ScheduleError, nearest
+from toprovar_compile.files import replace_file
 from toprovar_compile.schedule import ScaleSchedule
 
 Kind = Literal["dense", "prune", "skip"]
@@ -565,7 +565,7 @@ class Plan:
         except (TypeError, ValueError) as error:
             raise PlanError(f"not JSON data: {error}", where="provenance", expected="plain finite values") from error
         try:
-            _write_atomic(Path(path), text)
+            replace_file(Path(path), text.encode())
         except OSError as error:
             raise PlanError(
                 f"cannot write the plan: {error.strerror}", where=str(path), expected="a writable folder"
@@ -672,15 +672,3 @@ def _pretty(value: Any, indent: int = 0) -> str:
         rows = [inner + _pretty(v, indent + 2) for v in value]
     opening, closing = "{}" if isinstance(value, Mapping) else "[]"
     return f"{opening}\n" + ",\n".join(rows) + f"\n{' ' * indent}{closing}"
-
-
-def _write_atomic(target: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
