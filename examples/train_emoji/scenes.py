@@ -394,6 +394,10 @@ class Planner:
         codes = list(emoji_names())
         self._codes = [(i, c) for i, c in enumerate(codes) if held_out or not reserved_single(emoji_names()[c][0])]
 
+    def leave_out(self, nouns: Sequence[str]) -> None:
+        """Draw no single emoji whose name holds one of these words."""
+        self._codes = [(i, c) for i, c in self._codes if not any(n in emoji_names()[c][0] for n in nouns)]
+
     def plan(self, n: int, rng: random.Random) -> Plan:
         """n random pictures."""
         items: list[Scene | None] = [
@@ -450,7 +454,7 @@ class Planner:
 
 
 def load_assets(folder: Path) -> Tensor:
-    """All renders, uint8 (3391, 4, 256, 256) RGBA in the order of `emoji_names`, from a cache that the first call makes.
+    """All renders, uint8 (3391, 4, 256, 256) RGBA in the order of `emoji_names`; the first call makes a cache of them.
 
     `folder` holds the npm package file; see data.py for how it is fetched.
     """
@@ -475,7 +479,8 @@ def _rgba(raw: bytes) -> NDArray[np.uint8]:
 class Composer:
     """Draws scenes and single emoji on `device`, all pictures of a batch at once.
 
-    `assets` are those of `load_assets`. Equal generators give equal pictures on one device. Sprites take 0.6 GB.
+    `assets` are those of `load_assets`. Equal generators give equal pictures on one device. Sprites take 0.8 GB, a
+    seventh of it where `singles`, the share of single emoji, is 0. `held_out` draws reserved compositions too.
     """
 
     def __init__(
@@ -483,9 +488,10 @@ class Composer:
     ) -> None:
         self.device = torch.device(device)
         codes = {c.replace("-fe0f", ""): i for i, c in enumerate(emoji_names())}
-        large = [_shrink(_premultiplied(x.to(self.device)), SPRITE) for x in assets.split(128)]
-        extents = [np.ones((len(assets), 2), np.float32)]
-        first, count = {}, len(assets)
+        emoji = assets if singles else assets[:0]
+        large = [_shrink(_premultiplied(x.to(self.device)), SPRITE) for x in emoji.split(128) if len(x)]
+        extents = [np.ones((len(emoji), 2), np.float32)]
+        first, count = {}, len(emoji)
         for noun, o in vocabulary().items():
             own = assets[codes[o.code]].to(self.device).float() / 255
             looks = torch.stack([own, *(recolour(own, c) for c in (COLOURS if o.recoloured else ()))])
