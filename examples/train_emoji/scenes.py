@@ -524,7 +524,8 @@ class Composer:
         canvas = canvas.expand(-1, -1, SIDE, SIDE).contiguous()
         for k in range(int(order.max()) + 1):
             for sprites, level in ((self._large, placed[:, 4] > 110), (self._small, placed[:, 4] <= 110)):
-                for chunk in ((order == k) & level).nonzero().squeeze(1).split(128):
+                chosen = ((order == k) & level).nonzero().squeeze(1)
+                for chunk in chosen.split(128) if len(chosen) else ():
                     rows = image[chunk].to(self.device)
                     ink = _place(sprites[sprite[chunk].to(self.device)], placed[chunk, 2:].to(self.device))
                     canvas[rows] = canvas[rows] * (1 - ink[:, 3:]) + ink[:, :3]
