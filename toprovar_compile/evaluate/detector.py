@@ -61,10 +61,14 @@ class Detector(nn.Module):
         nn.init.zeros_(self.head.bias)  # type: ignore[arg-type]
         nn.init.constant_(self.head.bias[: len(self.nouns)], -4.6)  # type: ignore[index]  # a peak is rare
 
-    def forward(self, x: Tensor) -> Tensor:
+    def features(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Feature maps of images in -1..1 at strides 8, 16 and 32."""
         c8 = self.to8(self.to4(x))
         c16 = self.to16(c8)
-        c32 = self.to32(c16)
+        return c8, c16, self.to32(c16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        c8, c16, c32 = self.features(x)
         c16 = c16 + _double(self.from32(c32))
         c8 = c8 + _double(self.from16(c16))
         maps: Tensor = self.head(self.neck(c8))
@@ -79,14 +83,30 @@ class Detector(nn.Module):
                 where="Detector.find",
                 expected="floats (B, 3, H, W) in 0..1",
             )
-        place = next(self.parameters())
         out: list[list[Found]] = []
-        for x in images.split(64):
-            x = x.to(device=place.device, dtype=place.dtype)
-            if x.shape[-2:] != (SIDE, SIDE):
-                x = F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
-            out += self.read(self(x * 2 - 1).float().cpu(), threshold)
+        for x in torch.split(images, 64):
+            out += self.read(self(self._ready(x)).float().cpu(), threshold)
         return out
+
+    @torch.no_grad()
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """How different pairs of images (B, 3, H, W) in 0..1 look to the detector: (B,) on the CPU, 0 for equal ones.
+
+        As LPIPS does: squared differences of feature vectors of length 1, averaged over places, then over three maps.
+        """
+        total = torch.zeros(len(a))
+        for x, y in zip(self.features(self._ready(a)), self.features(self._ready(b)), strict=True):
+            difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
+            total += difference.square().sum(1).mean((1, 2)).float().cpu() / 3
+        return total
+
+    def _ready(self, images: Tensor) -> Tensor:
+        """Images in 0..1 as the network takes them."""
+        place = next(self.parameters())
+        x = images.to(device=place.device, dtype=place.dtype)
+        if x.shape[-2:] != (SIDE, SIDE):
+            x = F.interpolate(x, size=(SIDE, SIDE), mode="bilinear", antialias=True, align_corners=False)
+        return x * 2 - 1
 
     def read(self, maps: Tensor, threshold: float = 0.3) -> list[list[Found]]:
         """The objects that maps of `forward` show."""
