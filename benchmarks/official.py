@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 import toprovar_compile as tv
+from toprovar_compile.files import write_json
 from toprovar_compile.plan import Plan
 from toprovar_compile.plan_spec import parse_plan
 
@@ -155,19 +156,15 @@ def main() -> None:
             row = {"way": name, "batch": batch, **result, "speed_up": official / result["median_s"]}
             rows.append(row)
             print(json.dumps(row))
-    if args.out:
-        args.out.write_text(
-            json.dumps(
-                {
+            if args.out:
+                facts = {
                     "family": args.family,
                     "depth": depth,
                     "device": torch.cuda.get_device_name() if args.device != "cpu" else "cpu",
                     "torch": torch.__version__,
                     "rows": rows,
-                },
-                indent=1,
-            )
-        )
+                }
+                write_json(args.out, facts)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 _NOT_COMPILED = (
     "a scale ran outside the compiled steps and without its plan: Dynamo compiles no further form of the step; "
-    "raise the limit with torch.compile(..., recompile_limit=64)"
+    "raise torch._dynamo.config.recompile_limit, for instance to 64"
 )
 
 

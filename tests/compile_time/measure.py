@@ -28,6 +28,7 @@ from toprovar_compile.inductor import compile_graph
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig
 from toprovar_compile.plan import Plan
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
 
@@ -58,7 +59,7 @@ Generate = Callable[[int, int, int], object]
 def emoji_var() -> Iterator[Row]:
     """The shipped model by its own plan."""
     model = models.load("emoji-var")
-    fast: Any = torch.compile(model, backend="toprovar", options={"inner": "eager"}, recompile_limit=64)
+    fast: Any = compile_steps(model, {"inner": "eager"})
 
     def generate(batch: int, _: int, seed: int) -> Tensor:
         images: Tensor = fast(torch.arange(1, batch + 1), seed=seed)
@@ -75,7 +76,7 @@ def infinity() -> Iterator[Row]:
     model.schedule = ScaleSchedule.from_patch_nums((1, 2, 3, 4, 6))
     plan = Plan.keep_share(model.schedule, TINY.depth, 0.5, 3, bucket=2)
     options = {"inner": "eager", "plan": plan}
-    fast: Any = torch.compile(model, backend="toprovar", options=options, recompile_limit=64)
+    fast: Any = compile_steps(model, options)
 
     def generate(batch: int, prompt: int, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)

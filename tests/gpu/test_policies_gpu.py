@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from toprovar_compile import reference
-from toprovar_compile.backend import toprovar
 from toprovar_compile.decision import Decision
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.selection import random_order
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.report import counters
 
 pytestmark = [
@@ -60,7 +60,7 @@ def model(tiny_var: VAR) -> VAR:
 
 @pytest.mark.parametrize("score", ["entropy", "mean_distance", "frequency", "random"])
 def test_scores_and_the_end_of_guidance(model: VAR, score: Any) -> None:
-    fast = torch.compile(model, backend=toprovar, recompile_limit=32)
+    fast = compile_steps(model, {})
     _check(model, fast, _share(model, 0.5, 3, score=score, unguided_from=4), range(4))
     counts = counters.snapshot()
     assert counts["cuda_graph_captured"] >= len(model.schedule)
@@ -68,7 +68,7 @@ def test_scores_and_the_end_of_guidance(model: VAR, score: Any) -> None:
 
 
 def test_decisions_while_graphs_are_replayed(model: VAR) -> None:
-    fast = torch.compile(model, backend=toprovar, recompile_limit=32)
+    fast = compile_steps(model, {})
     with reference.pruned(model, _deciding(model, 0.0)) as trace:
         model(torch.tensor([1, 2], device="cuda"), seed=3)
     bound = float(trace.features[0][:, 0].mean())

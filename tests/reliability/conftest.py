@@ -13,6 +13,7 @@ from toprovar_compile import dispatch
 from toprovar_compile.models.var import VAR, VARConfig
 from toprovar_compile.models.vqvae import VQVAEConfig
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import pruned
 from toprovar_compile.report import counters
 
@@ -46,7 +47,7 @@ def fast(model: VAR) -> Iterator[Callable[..., Tensor]]:
     """The compiled model after one generation."""
     torch.compiler.reset()
     dispatch.reset()
-    compiled: Any = torch.compile(model, backend="toprovar", options={"inner": "eager"}, recompile_limit=64)
+    compiled: Any = compile_steps(model, {"inner": "eager"})
     compiled(LABELS, seed=0)
     yield compiled
     torch.compiler.reset()

@@ -30,6 +30,7 @@ from toprovar_compile.errors import OptionError, PlanError
 from toprovar_compile.kernels import fae, fae_cpu, fae_reference
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.report import counters
 from toprovar_compile.session import current_session
 
@@ -329,7 +330,7 @@ def test_stopped_while_a_variant_is_compiled(model: VAR, images: Tensor, monkeyp
         return original(*args, **how)
 
     monkeypatch.setattr(dispatch, "compile_graph", compile_some)
-    compiled: Any = torch.compile(model, backend="toprovar", options={"inner": "eager"}, recompile_limit=64)
+    compiled: Any = compile_steps(model, {"inner": "eager"})
     with pytest.raises(KeyboardInterrupt, match="while a variant is compiled"):
         compiled(LABELS, seed=3)
     works(compiled, images)
@@ -347,7 +348,7 @@ def test_an_exception_in_the_users_step(model: VAR, fast: Callable[..., Tensor],
     model.step = failing  # type: ignore[method-assign]
     try:
         with pytest.raises(Exception, match="the user's own"):
-            torch.compile(model, backend="toprovar", options={"inner": "eager"}, recompile_limit=64)(LABELS, seed=3)
+            compile_steps(model, {"inner": "eager"})(LABELS, seed=3)
         assert current_session() is None
     finally:
         del model.step

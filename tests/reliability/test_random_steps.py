@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from toprovar_compile import dispatch
 from toprovar_compile.plan import DENSE, LayerAction, Plan, ScalePlan
 from toprovar_compile.policies.selection import kept_tokens
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
 from toprovar_compile.session import generation
@@ -212,7 +213,7 @@ def test_a_random_step(seed: int) -> None:
     model = Model(form).eval().requires_grad_(False)
     x = torch.randn(B, SCHEDULE.total, C)
     dense = model(x)
-    got = torch.compile(model, backend="toprovar", options={"inner": "eager"}, recompile_limit=64)(x)
+    got = compile_steps(model, {"inner": "eager"})(x)
     torch.testing.assert_close(got[:LAST], dense[:LAST], **TOLERANCE)
     events = [e for e in counters.snapshot() if e.startswith(("fallback", "plain_graph", "guard_miss"))]
     if form.trap:

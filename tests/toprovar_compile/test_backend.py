@@ -20,6 +20,7 @@ from toprovar_compile.backend import toprovar
 from toprovar_compile.errors import PlanError
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import pruned
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
@@ -53,7 +54,7 @@ def frames() -> int:
 
 
 def _compile(model: Callable[..., Any], **options: Any) -> Any:
-    return torch.compile(model, backend="toprovar", options=EAGER | options, recompile_limit=64)
+    return compile_steps(model, EAGER | options)
 
 
 def mixed_plan(var: VAR, **fields: Any) -> Plan:
@@ -350,7 +351,7 @@ def test_a_scale_that_dynamo_no_longer_compiles_is_counted(make_var: Callable[..
 
 _NO_MORE_FORMS = (
     "fallback: a scale ran outside the compiled steps and without its plan: Dynamo compiles no further form of the "
-    "step; raise the limit with torch.compile(..., recompile_limit=64)"
+    "step; raise torch._dynamo.config.recompile_limit, for instance to 64"
 )
 
 

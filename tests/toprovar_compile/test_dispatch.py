@@ -20,6 +20,7 @@ from toprovar_compile.inductor import Compiled
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
 from toprovar_compile.policies.selection import kept_by_entropy
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import pruned
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
@@ -41,7 +42,7 @@ class Pair:
 
     def __init__(self, model: VAR, batches: Sequence[Tensor]) -> None:
         self.model = model
-        self.fast = torch.compile(model, backend="toprovar", options={"inner": "eager"}, recompile_limit=32)
+        self.fast = compile_steps(model, {"inner": "eager"})
         model.plan = Plan.dense(model.schedule, len(model.blocks))
         for labels in batches:
             self.fast(labels, seed=0)
@@ -255,7 +256,7 @@ def test_entropy_and_deltas_are_kept_only_where_they_are_read(pair: Pair, monkey
 
 def test_tokens_that_are_not_the_schedules_run_dense(pair: Pair) -> None:
     model, other = pair.model, ScaleSchedule.from_patch_nums((1, 3, 3, 4, 6))
-    step = torch.compile(model.step, backend="toprovar", options={"inner": "eager"}, recompile_limit=32)
+    step = compile_steps(model.step, {"inner": "eager"})
     x, cond, mod, _ = model._begin(ONE, 0)
     four = x.expand(-1, 4, -1).contiguous()
     plan = Plan(other, 3, _plan(model, {s: (_prune(1),) * 3 for s in range(1, 5)}).scales)

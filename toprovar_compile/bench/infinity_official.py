@@ -103,6 +103,9 @@ def imported(checkout: str | Path) -> Iterator[Callable[[Infinity], Official]]:
     missing = {name for name in _stand_ins() if not _installed(name)}
     sys.modules.update({name: module for name, module in _stand_ins().items() if name in missing})
     sys.path.insert(0, str(root))
+    # It has no __init__.py, so any infinity.py on the path, such as the benchmark's own script, would come before it.
+    sys.modules["infinity"] = types.ModuleType("infinity")
+    sys.modules["infinity"].__path__ = [str(root / "infinity")]
     torch._dynamo.config.recompile_limit = _DYNAMO_LIMIT
     try:
         yield _build

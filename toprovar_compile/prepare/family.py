@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,9 +33,11 @@ class Family:
 
 def compile_steps(module: nn.Module, options: Mapping[str, Any], *, fullgraph: bool = False) -> Any:
     """`torch.compile` with this backend and room for the forms that a step has."""
-    return torch.compile(  # type: ignore[call-overload]
-        module, backend="toprovar", options=dict(options), fullgraph=fullgraph, recompile_limit=_RECOMPILE_LIMIT
-    )
+    compile_with: Any = partial(torch.compile, module, backend="toprovar", options=dict(options), fullgraph=fullgraph)
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return compile_with(recompile_limit=_RECOMPILE_LIMIT)
+    # Before torch 2.12 the limit was the process's alone; it is read when a call compiles.
+    return torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)(compile_with())
 
 
 def lacks(model: nn.Module, modules: tuple[str, ...], attributes: tuple[str, ...]) -> list[str]:

@@ -18,6 +18,7 @@ from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.decide import choose_rows, entropy_features, undecided
 from toprovar_compile.policies.toprovar import layer_ratios, layer_scores, low_entropy_share
+from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import Trace, pruned
 from toprovar_compile.report import counters
 
@@ -54,7 +55,7 @@ def fast(model: VAR) -> Iterator[Any]:
     """The compiled model, warmed up for one image, with guidance (two rows) and without."""
     torch.compiler.reset()
     dispatch.reset()
-    compiled = torch.compile(model, backend="toprovar", options={"inner": "eager"}, recompile_limit=32)
+    compiled = compile_steps(model, {"inner": "eager"})
     for plan in (Plan.dense(model.schedule, 3), _share(model, 1.0, 5, unguided_from=3)):
         model.plan = plan
         compiled(ONE, seed=0)
