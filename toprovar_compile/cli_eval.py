@@ -39,9 +39,7 @@ def emoji(
     every: Annotated[int, typer.Option("--prompts", min=1, help="Take every so many of the 553 prompts.")] = 1,
     images: Annotated[int, typer.Option("--images", min=1, help="Images of each prompt.")] = 4,
     batch: Annotated[int, typer.Option("--batch", min=1, help="Images generated at once.")] = 1,
-    backend: Annotated[
-        str, typer.Option("--backend", help="toprovar, or eager, which compiles nothing.")
-    ] = "toprovar",
+    backend: Annotated[str, typer.Option("--backend", help="toprovar, or eager, which compiles nothing.")] = "toprovar",
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for results and pictures.")] = Path("toprovar-out"),
     seed: Seed = 0,
     device: Device = "auto",
