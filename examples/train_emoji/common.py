@@ -83,12 +83,22 @@ class Workers:
 class Clock:
     """Progress of a run that may be cut into several calls: `share` goes from 0 to 1 over `minutes` of training.
 
-    The first three steps, which compile, take no time. With `steps`, the run takes so many steps instead. All processes
-    read the same values.
+    The first three steps, which compile, take no time unless `compile_counts`. With `steps`, the run takes so many
+    steps instead. All processes read the same values.
     """
 
-    def __init__(self, minutes: float, steps: int, stop_after: float, done: float, workers: Workers) -> None:
+    def __init__(
+        self,
+        minutes: float,
+        steps: int,
+        stop_after: float,
+        done: float,
+        workers: Workers,
+        *,
+        compile_counts: bool = False,
+    ) -> None:
         self.minutes, self.steps, self.stop_after, self.workers = minutes, steps, stop_after, workers
+        self.compile_counts = compile_counts
         self.start_share = self.share = done
         self._begin = time.perf_counter()
         self._count = 0
@@ -104,7 +114,7 @@ class Clock:
         self._count += 1
         if self.steps:
             self.share = self.start_share + self._count / self.steps
-        elif self._count == 3:
+        elif self._count == 3 and not self.compile_counts:
             if self.workers.cuda:
                 torch.cuda.synchronize()
             self._begin = time.perf_counter()
@@ -115,8 +125,8 @@ class Clock:
 
 
 @contextmanager
-def progress(title: str, workers: Workers, clock: Clock) -> Iterator[Any]:
-    """A progress bar: yields update(text), which also prints a line every 15 seconds where there is no terminal."""
+def progress(title: str, workers: Workers, clock: Clock, every: float = 15.0) -> Iterator[Any]:
+    """A progress bar: yields update(text), which also prints a line every `every` seconds without a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), TextColumn("{task.fields[text]}"))
     last = time.perf_counter()
     with Progress(*columns, console=console, disable=not workers.first) as bar:
@@ -125,7 +135,7 @@ def progress(title: str, workers: Workers, clock: Clock) -> Iterator[Any]:
         def update(text: str) -> None:
             nonlocal last
             bar.update(task, completed=clock.share, text=text)
-            if workers.first and not console.is_terminal and time.perf_counter() - last > 15:
+            if workers.first and not console.is_terminal and time.perf_counter() - last > every:
                 last = time.perf_counter()
                 print(f"{title} {clock.share:.1%} {text}", flush=True)
 
@@ -222,6 +232,11 @@ def write_json(path: Path, data: Any) -> None:
     path.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds."""
+    return json.loads(path.read_text())
+
+
 def hardware() -> dict[str, Any]:
     """What a published number was measured on."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
@@ -236,7 +251,8 @@ def config_json(cfg: VARConfig) -> dict[str, Any]:
 class Muon(torch.optim.Optimizer):
     """Momentum orthogonalised by Newton-Schulz iterations, one batched product for all matrices of one shape.
 
-    For the matrices of transformer blocks only. Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
+    For the matrices of transformer blocks, and convolutions as matrices of one row an output.
+    Source: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
     """
 
     def __init__(self, matrices: Sequence[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
@@ -255,9 +271,10 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"].lerp_(p.grad, 1 - group["momentum"])
                 update = p.grad.lerp(state["momentum"], group["momentum"])
                 # A matrix that stacks several square ones (query, key, value) is orthogonalised square by square.
-                rows, columns = p.shape
+                flat, update = p.data.flatten(1), update.flatten(1)  # views
+                rows, columns = flat.shape
                 pieces = rows // columns if rows == 3 * columns else 1
-                for target, u in zip(p.data.chunk(pieces), update.chunk(pieces), strict=True):
+                for target, u in zip(flat.chunk(pieces), update.chunk(pieces), strict=True):
                     by_shape.setdefault((target.shape[0], target.shape[1]), []).append((target, u))
             for (rows, columns), pairs in by_shape.items():
                 direction = _orthogonal(torch.stack([u for _, u in pairs]))

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from toprovar_compile.errors import CheckpointError, OptionError
 from toprovar_compile.models.loading import _fill, _read
 
-_GROUPS = 32  # GroupNorm groups of every normalisation
 _CONSTANTS = ("quantizer.lfq.mask", "quantize.lfq.mask")  # the same powers of two under both names of the quantiser
 _CH_MULT: Mapping[int, tuple[int, ...]] = {8: (1, 2, 4, 4), 16: (1, 2, 4, 4, 4)}
 Grids = Sequence[tuple[int, int]]
@@ -32,18 +31,22 @@ Grids = Sequence[tuple[int, int]]
 class BSQVAEConfig:
     """Shape of the tokenizer: `codebook_dim` bits a position, `ch * ch_mult[i]` channels at resolution i, finest first.
 
-    A position covers 2 ** (len(ch_mult) - 1) pixels a side. The defaults are those of the official d=32 model.
+    The first convolution reads blocks of `shuffle` x `shuffle` pixels and the last writes them, so a position covers
+    shuffle * 2 ** (len(ch_mult) - 1) pixels a side; `groups` are those of every GroupNorm. The defaults are those of
+    the official d=32 model.
     """
 
     codebook_dim: int = 32
     ch: int = 128
     ch_mult: tuple[int, ...] = _CH_MULT[16]
     num_res_blocks: int = 2
+    shuffle: int = 1
+    groups: int = 32
 
     @property
     def patch_size(self) -> int:
         """Pixels a side of one position."""
-        return 1 << (len(self.ch_mult) - 1)
+        return self.shuffle << (len(self.ch_mult) - 1)
 
     @classmethod
     def official(cls, codebook_dim: int, patch_size: int = 16) -> BSQVAEConfig:
@@ -68,19 +71,19 @@ class _Conv(nn.Module):
 class _NormSilu(nn.Module):
     """GroupNorm and SiLU; nowhere does one stand without the other."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(_GROUPS, channels, eps=1e-6)
+        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.silu(self.norm(x))
 
 
 class _ResBlock(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, groups: int) -> None:
         super().__init__()
-        self.norm1, self.conv1 = _NormSilu(inputs), _Conv(inputs, outputs)
-        self.norm2, self.conv2 = _NormSilu(outputs), _Conv(outputs, outputs)
+        self.norm1, self.conv1 = _NormSilu(inputs, groups), _Conv(inputs, outputs)
+        self.norm2, self.conv2 = _NormSilu(outputs, groups), _Conv(outputs, outputs)
         self.nin_shortcut = _Conv(inputs, outputs, 1, padding=0) if inputs != outputs else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,9 +115,11 @@ class _Upsample(nn.Module):
 class _Level(nn.Module):
     """One resolution: residual blocks, then a resampling layer, which the coarsest or finest level lacks."""
 
-    def __init__(self, inputs: int, outputs: int, blocks: int, resample: tuple[str, nn.Module] | None) -> None:
+    def __init__(
+        self, inputs: int, outputs: int, blocks: int, groups: int, resample: tuple[str, nn.Module] | None
+    ) -> None:
         super().__init__()
-        self.block = nn.ModuleList(_ResBlock(inputs if i == 0 else outputs, outputs) for i in range(blocks))
+        self.block = nn.ModuleList(_ResBlock(inputs if i == 0 else outputs, outputs, groups) for i in range(blocks))
         if resample is not None:
             self.add_module(*resample)
         self._resample = resample[0] if resample is not None else None
@@ -128,9 +133,9 @@ class _Level(nn.Module):
 
 
 class _Middle(nn.Module):
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.block_1, self.block_2 = _ResBlock(channels, channels), _ResBlock(channels, channels)
+        self.block_1, self.block_2 = (_ResBlock(channels, channels, groups) for _ in range(2))
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.block_2(self.block_1(x))
@@ -143,18 +148,20 @@ class Encoder(nn.Module):
     def __init__(self, cfg: BSQVAEConfig) -> None:
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]
-        self.conv_in = _Conv(3, cfg.ch)
+        blocks, groups = cfg.num_res_blocks, cfg.groups
+        self.shuffle = cfg.shuffle
+        self.conv_in = _Conv(3 * cfg.shuffle**2, cfg.ch)
         self.down = nn.ModuleList()
         width = cfg.ch
         for out in widths[:-1]:
-            self.down.append(_Level(width, out, cfg.num_res_blocks, ("downsample", _Downsample(out))))
+            self.down.append(_Level(width, out, blocks, groups, ("downsample", _Downsample(out))))
             width = out
-        self.down.append(_Level(width, widths[-1], cfg.num_res_blocks, None))
-        self.mid = _Middle(widths[-1])
-        self.norm_out, self.conv_out = _NormSilu(widths[-1]), _Conv(widths[-1], cfg.codebook_dim)
+        self.down.append(_Level(width, widths[-1], blocks, groups, None))
+        self.mid = _Middle(widths[-1], groups)
+        self.norm_out, self.conv_out = _NormSilu(widths[-1], groups), _Conv(widths[-1], cfg.codebook_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
+        x = self.conv_in(x if self.shuffle == 1 else F.pixel_unshuffle(x, self.shuffle))
         for level in self.down:
             x = level(x)
         out: Tensor = self.conv_out(self.norm_out(self.mid(x)))
@@ -167,23 +174,24 @@ class Decoder(nn.Module):
     def __init__(self, cfg: BSQVAEConfig) -> None:
         super().__init__()
         widths = [cfg.ch * m for m in cfg.ch_mult]
+        self.shuffle = cfg.shuffle
         self.conv_in = _Conv(cfg.codebook_dim, widths[-1])
-        self.mid = _Middle(widths[-1])
+        self.mid = _Middle(widths[-1], cfg.groups)
         levels: list[_Level] = []
         width = widths[-1]
         for i in reversed(range(len(widths))):
             resample = ("upsample", _Upsample(widths[i])) if i else None
-            levels.insert(0, _Level(width, widths[i], cfg.num_res_blocks + 1, resample))
+            levels.insert(0, _Level(width, widths[i], cfg.num_res_blocks + 1, cfg.groups, resample))
             width = widths[i]
         self.up = nn.ModuleList(levels)  # indexed by resolution, 0 is the finest, as in the checkpoint
-        self.norm_out, self.conv_out = _NormSilu(width), _Conv(width, 3)
+        self.norm_out, self.conv_out = _NormSilu(width, cfg.groups), _Conv(width, 3 * cfg.shuffle**2)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for i in reversed(range(len(self.up))):
             x = self.up[i](x)
         out: Tensor = self.conv_out(self.norm_out(x))
-        return out
+        return out if self.shuffle == 1 else F.pixel_shuffle(out, self.shuffle)
 
 
 class BSQVAE(nn.Module):
@@ -197,7 +205,7 @@ class BSQVAE(nn.Module):
     def __init__(self, cfg: BSQVAEConfig) -> None:
         super().__init__()
         self.cfg = cfg
-        self.encoder = Encoder(cfg)
+        self.encoder: nn.Module = Encoder(cfg)
         self.decoder = Decoder(cfg)
 
     @property
@@ -236,8 +244,12 @@ class BSQVAE(nn.Module):
     def encode(self, image: Tensor, grids: Grids) -> list[Tensor]:
         """Bits of every scale, int64 (B, h, w, d) each, of an image (B, 3, H, W) in -1..1.
 
-        Raises OptionError when the last grid is not that of the image.
+        Raises OptionError when the last grid is not that of the image, and for a tokenizer without its encoder.
         """
+        if not isinstance(self.encoder, Encoder):
+            raise OptionError(
+                "this tokenizer came without its encoder", where="BSQVAE.encode", expected="a tokenizer to encode with"
+            )
         features = self.encoder(image.to(self.encoder.conv_in.conv.weight.dtype))
         if tuple(grids[-1]) != tuple(features.shape[2:]):
             raise OptionError(

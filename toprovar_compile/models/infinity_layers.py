@@ -6,6 +6,7 @@ Linear layers and attention run in the dtype of the weights, everything else in 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,11 +37,17 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(c, c)
 
     def forward(
-        self, x: Tensor, k_cache: Tensor | None, v_cache: Tensor | None, rows: Rows
+        self,
+        x: Tensor,
+        k_cache: Tensor | None,
+        v_cache: Tensor | None,
+        rows: Rows,
+        spans: Sequence[tuple[int, int]] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Attend x (B, n, C) to the cache (B, H, p, D) and itself: (out (B, n, C), keys, values (B, H, p + n, D)).
 
-        `rows` are the cosines and sines (B or 1, 1, n, D) of the tokens' positions.
+        `rows` are the cosines and sines (B or 1, 1, n, D) of the tokens' positions. `spans`, for training, lists
+        (start, end) of each scale in x: a token then sees its own scale and the earlier.
         """
         b, n, c = x.shape
         qkv_bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
@@ -51,7 +58,13 @@ class SelfAttention(nn.Module):
         q, k = rotate(q, *rows).to(v.dtype), rotate(k, *rows).to(v.dtype)
         if k_cache is not None and v_cache is not None:
             k, v = torch.cat((k_cache, k), dim=2), torch.cat((v_cache, v), dim=2)
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
+        if spans:  # block-causal without a mask: every scale is one plain attention call
+            parts = [
+                F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=1.0) for a, b in spans
+            ]
+            out = torch.cat(parts, dim=2)
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         return self.proj(out.transpose(1, 2).reshape(b, n, c)), k, v
 
 
@@ -132,18 +145,19 @@ class Block(nn.Module):
         text: Text,
         *,
         mix: tuple[Tensor, bool] | None = None,
+        spans: Sequence[tuple[int, int]] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Tokens x (B, n, C); `mod` is the condition (B, C), or with shared AdaLN its modulation (B, 1, 6, C).
 
-        `rows`: see `SelfAttention`; `text`: keys, values and mask of `CrossAttention`. `mix` are the arguments of
-        `mix_halves`, for a layer that CFG is applied at. Returns the tokens (B, n, C) and the keys and values
-        (B, H, p + n, D).
+        `rows` and `spans`: see `SelfAttention`; `text`: keys, values and mask of `CrossAttention`. `mix` are the
+        arguments of `mix_halves`, for a layer that CFG is applied at. Returns the tokens (B, n, C) and the keys and
+        values (B, H, p + n, D).
         """
         dtype = self.sa.mat_qkv.weight.dtype
         m = self.ada_gss.float() + mod if self.shared_aln else linear32(self.ada_lin, mod).view(-1, 1, 6, x.shape[-1])
         gain1, gain2, scale1, scale2, shift1, shift2 = m.unbind(2)
         h = _norm(x, self.eps) * (scale1 + 1) + shift1
-        a, k, v = self.sa(h.to(dtype), k_cache, v_cache, rows)
+        a, k, v = self.sa(h.to(dtype), k_cache, v_cache, rows, spans)
         x = (x + a * gain1).to(x.dtype)
         norm = self.ca_norm
         h = F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)

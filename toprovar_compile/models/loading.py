@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError
@@ -15,13 +15,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from toprovar_compile.errors import CheckpointError, OptionError, nearest
+from toprovar_compile.models.packed import unpack
 from toprovar_compile.models.var import VAR, Sampling, VARConfig
 from toprovar_compile.plan import Plan
 
 if TYPE_CHECKING:
+    from toprovar_compile.models.emoji_infinity import EmojiInfinity
     from toprovar_compile.models.infinity import Infinity
 
 WEIGHTS = Path(__file__).parent / "weights"
+_KNOWN = ("emoji-infinity", "emoji-var")  # what a complete installation holds
 
 
 def names() -> list[str]:
@@ -30,7 +33,17 @@ def names() -> list[str]:
 
 
 def folder_of(name: str) -> Path:
-    """The folder of a shipped model's weights, configuration, classes and plan. Raises OptionError for other names."""
+    """The folder of a shipped model's weights, configuration, classes and plan.
+
+    Raises OptionError for other names, and for a model whose weights this installation lacks.
+    """
+    if name in _KNOWN and name not in names():
+        raise OptionError(
+            f"the weights of {name} are not installed",
+            where="models.load",
+            expected=f"config.json and model.safetensors in {WEIGHTS / name.replace('-', '_')}",
+            todo="install a release that ships them, or train and pack them: see examples/train_emoji/README.md",
+        )
     if name not in names():
         close = nearest(name, names())
         raise OptionError(
@@ -42,6 +55,10 @@ def folder_of(name: str) -> Path:
     return WEIGHTS / name.replace("-", "_")
 
 
+@overload
+def load(  # type: ignore[overload-overlap]
+    name: Literal["emoji-infinity"], device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> EmojiInfinity: ...
 @overload
 def load(name: str, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> VAR: ...
 @overload
@@ -60,11 +77,11 @@ def load(
     *,
     checkpoint: str | Path | None = None,
     vae_checkpoint: str | Path | None = None,
-) -> VAR | Infinity:
+) -> VAR | EmojiInfinity | Infinity:
     """A model in eval mode, float32 on the CPU unless `device` and `dtype` say otherwise.
 
-    A shipped model by its name (see `names`), with its `class_names` and default sampling; or an Infinity,
-    "infinity-2b", "infinity-8b" and so on, from its official files `checkpoint` and `vae_checkpoint`.
+    A shipped model by its name (see `names`), with its default sampling and, if it has classes, its `class_names`; or
+    an Infinity, "infinity-2b", "infinity-8b" and so on, from its official files `checkpoint` and `vae_checkpoint`.
     Raises OptionError for an unknown name and CheckpointError for files that are damaged or of another model.
     """
     if not name.startswith("infinity-") and checkpoint is None and vae_checkpoint is None:
@@ -81,16 +98,30 @@ def load(
     return load_infinity(checkpoint, vae_checkpoint, size=size, device=device, dtype=dtype)
 
 
-def load_folder(folder: Path) -> VAR:
-    """A model from a folder of config.json, classes.json and model*.safetensors, float32 on the CPU, in eval mode."""
+def load_folder(folder: Path) -> VAR | EmojiInfinity:
+    """A model from a folder of config.json and model*.safetensors, float32 on the CPU, in eval mode.
+
+    A configuration with "text" is that of an EmojiInfinity; a VAR has its classes in classes.json.
+    """
     config = _read_json(folder / "config.json")
-    model = _empty(VARConfig.from_json(json.dumps(config["model"])))
     state: dict[str, Tensor] = {}
     for shard in sorted(folder.glob("model*.safetensors")):
         state.update(_read(shard))
-    _fill(model, state, str(folder))
-    model.sampling = Sampling(**config["sampling"])
-    model.class_names = [c["name"] for c in _read_json(folder / "classes.json")]
+    state = unpack(state, str(folder))
+    model: VAR | EmojiInfinity
+    if "text" in config:
+        from toprovar_compile.models.emoji_infinity import (
+            EmojiInfinity,
+        )  # whose Infinity reads files as this module does
+
+        with torch.device("meta"):
+            model = EmojiInfinity.from_json(config)
+        _fill(model, state, str(folder))
+    else:
+        model = _empty(VARConfig.from_json(json.dumps(config["model"])))
+        _fill(model, state, str(folder))
+        model.sampling = Sampling(**config["sampling"])
+        model.class_names = [c["name"] for c in _read_json(folder / "classes.json")]
     if (folder / "plan.json").exists():
         model.plan = Plan.load(folder / "plan.json")
     return model
