@@ -154,11 +154,19 @@ def reserved_parts(scene: Scene) -> list[tuple[str, ...]]:
         if _kept_out("pair", *pair):
             out.append(("pair", *pair))
         told = scene if scene.relation in ("left of", "above") else scene.turned()
-        if told.relation != "and" and _kept_out(
-            "relation", told.groups[0].noun, str(told.relation), told.groups[1].noun
-        ):
-            out.append(("relation", told.groups[0].noun, str(told.relation), told.groups[1].noun))
+        triple = (told.groups[0].noun, str(told.relation), told.groups[1].noun)
+        if told.relation != "and" and _kept_out("relation", *triple):
+            out.append(("relation", *triple))
+        if told.relation == "and" and not _orders(a, b):
+            out += [("relation", *sides) for sides in ((pair[0], "left of", pair[1]), (pair[1], "left of", pair[0]))]
     return out
+
+
+@cache
+def _orders(a: str, b: str) -> tuple[str, ...]:
+    """How two objects may stand side by side, the first seen from the second, without being a reserved relation."""
+    sides = {"left of": (a, b), "right of": (b, a)}
+    return tuple(r for r, (left, right) in sides.items() if not _kept_out("relation", left, "left of", right))
 
 
 def reserved(scene: Scene) -> bool:
@@ -359,7 +367,7 @@ def layout(scene: Scene, rng: random.Random) -> list[tuple[float, float, float, 
     a, b = scene.groups
     relation = scene.relation
     if relation == "and":
-        relation = rng.choice(("left of", "right of"))
+        relation = rng.choice(_orders(a.noun, b.noun) or ("left of", "right of"))
     cut = side / 2 + rng.uniform(-12, 12)
     if relation in ("left of", "right of"):
         halves = [(lo, lo, cut - 2, hi), (cut + 2, lo, hi, hi)]

@@ -102,6 +102,11 @@ def test_the_prompts_of_the_evaluation_are_never_drawn_in_training(scripts: Simp
     drawn = [scene for scene in plan.scenes if scene is not None]
     assert not any(s.reserved(scene) for scene in drawn) and not same & set(drawn)
     assert not {e.prompt for e in entries} & set(plan.prompts)
+    # Objects side by side in no relation do not stand as a reserved one would have them.
+    for scene, boxes in zip(plan.scenes, plan.boxes, strict=True):
+        if scene is not None and scene.relation == "and":
+            shown = "left of" if boxes[0, 0] < boxes[-1, 0] else "right of"
+            assert not s.reserved(s.Scene(scene.groups, shown, scene.ground))
     told = {s.emoji_names()[code][0] for _, code in planner._codes}
     assert "red heart" in told and not any(s.reserved_single(name) for name in told)
     # What a planner of training draws cannot hold a reserved part, whatever the numbers: drawing again is the rule.
