@@ -28,7 +28,7 @@ def tokenizer_config(tiny: bool = False) -> BSQVAEConfig:
     """The shape of emoji-infinity's tokenizer; `tiny` is for CPU tests with 32x32 images."""
     if tiny:
         return BSQVAEConfig(8, 16, (1, 2), 1, shuffle=2, groups=4)
-    return BSQVAEConfig(16, 64, (1, 2, 2), 1, shuffle=2, groups=8)
+    return BSQVAEConfig(16, 64, (1, 2, 2), 1, shuffle=2, groups=4)
 
 
 def make_model(words: Sequence[str], vae: BSQVAEConfig, tiny: bool = False) -> EmojiInfinity:
