@@ -147,13 +147,20 @@ def train(
     checked: int = 1024,
     compiled: bool = False,
     prompts: Sequence[Entry] | None = None,
+    init: Path | None = None,
 ) -> dict[str, Any]:
-    """Train, write the detector to `out`, check it and write the report; the report. `checked` pictures a check."""
+    """Train, write the detector to `out`, check it on `checked` pictures a check and write the report; the report.
+
+    With `init` training starts from the detector in that folder.
+    """
     workers = common.Workers()
     device = workers.device
     torch.manual_seed(0)
     nouns = list(scenes.vocabulary())
-    net = Detector(nouns, list(scenes.COLOURS), width).to(device, memory_format=torch.channels_last)
+    net = Detector(nouns, list(scenes.COLOURS), width)
+    if init is not None:
+        net.load_state_dict(load_detector(init).state_dict())
+    net = net.to(device, memory_format=torch.channels_last)
     decayed = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": 0.02}, {"params": others, "weight_decay": 0.0}]
@@ -254,6 +261,8 @@ def main(
     steps: Annotated[int, typer.Option(help="Train for so many steps instead.")] = 0,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 128,
     checked: Annotated[int, typer.Option(help="Pictures of each check.")] = 1024,
+    lr: Annotated[float, typer.Option(help="Learning rate.")] = 3e-3,
+    init: Annotated[Path | None, typer.Option(help="Folder of a detector to start from.")] = None,
     compiled: Annotated[bool, typer.Option(help="Compile the network.")] = False,
 ) -> None:
     """Train and check the detector."""
@@ -261,7 +270,8 @@ def main(
     device = common.Workers().device
     source = composer(scenes.load_assets(folder), device)
     print(f"sprites after {time.perf_counter() - begin:.0f} s", flush=True)
-    train(source, out, minutes=minutes, steps=steps, batch=batch, checked=checked, compiled=compiled)
+    options = {"lr": lr, "checked": checked, "compiled": compiled, "init": init}
+    train(source, out, minutes=minutes, steps=steps, batch=batch, **options)
 
 
 if __name__ == "__main__":

@@ -219,6 +219,7 @@ def test_a_detector_is_trained_checked_and_loaded(scripts: SimpleNamespace, comp
     options = {"steps": 2, "batch": 2, "width": 4, "checked": 2, "prompts": entries}
     report = scripts.train_detector.train(composer, tmp_path, **options)
     assert report["steps"] == 2 and set(report["score of composed pictures"]) == {"colors", "position", "overall"}
+    scripts.train_detector.train(composer, tmp_path / "more", init=tmp_path, **options)
     net = load_detector(tmp_path)
     assert net.nouns == ("apple", "key", "star") and not net.training
     assert len(net.find(torch.rand(2, 3, 64, 64))) == 2
