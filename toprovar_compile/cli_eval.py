@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +52,7 @@ def emoji(
     from toprovar_compile.evaluate.detector import load_detector
     from toprovar_compile.evaluate.emoji_eval import load_prompts
     from toprovar_compile.evaluate.emoji_run import evaluate, markdown
+    from toprovar_compile.models.emoji_infinity import EmojiInfinity
     from toprovar_compile.plan_spec import plan_for
 
     if backend not in ("toprovar", "eager"):
@@ -58,7 +60,9 @@ def emoji(
     measure.require_metrics("eval emoji")
     target, entries = measure.pick_device(device), load_prompts(every)
     detector = load_detector(device=target)
-    network = models.load(model, device=target)
+    network: Any = models.load(model, device=target)
+    if isinstance(network, EmojiInfinity) and target.type == "cuda":
+        network = network.to(torch.bfloat16)
     plans = {text: plan_for(text, network) for text in plan or ["dense"]}
     context = {
         "model": {"name": model, "fingerprint": network.fingerprint()},
@@ -90,11 +94,13 @@ def _way(network: Any, plan: Plan, backend: str, target: torch.device) -> Genera
     """How a model makes the images of a batch of prompts under a plan; the batch has the first seed."""
     from toprovar_compile import measure
     from toprovar_compile.evaluate.images import generate
+    from toprovar_compile.models.emoji_infinity import EmojiInfinity
 
+    precision = nullcontext() if isinstance(network, EmojiInfinity) else measure.autocast(target)
     run = measure.toprovar_way(plan).prepare(network) if backend == "toprovar" else None
 
     def make(prompts: list[str], seeds: list[int]) -> torch.Tensor:
-        with measure.autocast(target):
+        with precision:
             if run is None:
                 return generate(network, plan, prompts, seed=seeds[0], batch=len(prompts)).images  # type: ignore[arg-type]
             return run(prompts, seed=seeds[0])

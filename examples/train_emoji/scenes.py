@@ -33,6 +33,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from toprovar_compile.evaluate.emoji_eval import GROUNDS
+
 SIDE = 256
 SPRITE = 192  # side of a stored sprite
 _PAD = 2  # transparent pixels around an object that is cut out
@@ -46,15 +48,6 @@ COLOURS = {  # lightness, chroma, hue in OKLCH
     "purple": (0.54, 0.22, 300.0),
     "pink": (0.80, 0.14, 350.0),
     "brown": (0.46, 0.075, 50.0),
-}
-GROUNDS = {
-    "white": (255, 255, 255),
-    "yellow": (255, 236, 150),
-    "green": (186, 235, 180),
-    "blue": (176, 216, 255),
-    "pink": (255, 206, 226),
-    "purple": (216, 200, 250),
-    "gray": (205, 205, 210),
 }
 RELATIONS = ("left of", "right of", "above", "below", "and")
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}

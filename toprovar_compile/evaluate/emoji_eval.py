@@ -25,6 +25,18 @@ TASKS = ("single object", "two objects", "counting", "colors", "position", "attr
 SIZES = (80, 99, 80, 94, 100, 100)
 """Prompts of each task, as GenEval has them."""
 
+GROUNDS = {
+    "white": (255, 255, 255),
+    "yellow": (255, 236, 150),
+    "green": (186, 235, 180),
+    "blue": (176, 216, 255),
+    "pink": (255, 206, 226),
+    "purple": (216, 200, 250),
+    "gray": (205, 205, 210),
+}
+"""Colours of the plain grounds of scenes."""
+
+_EDGE = 6  # pixels at the sides of a picture of 256 whose median is its ground
 _MARGIN = 0.1  # of both boxes' sizes, by which centres have to differ in place, as in GenEval
 _DRAWS = 2000
 
@@ -99,14 +111,26 @@ def places(a: Found, b: Found) -> set[str]:
     return {name for name, holds in told.items() if holds}
 
 
+def grounds(images: Tensor) -> list[str]:
+    """Which of the known grounds comes nearest to the edges of each of the images (N, 3, H, W) in 0..1."""
+    edge = max(1, _EDGE * images.shape[-1] // 256)
+    x = images.detach().float().cpu()
+    sides = (x[..., :edge, :], x[..., -edge:, :], x[..., :edge], x[..., -edge:])
+    middle = torch.cat([s.flatten(2) for s in sides], 2).median(2).values
+    known = torch.tensor(list(GROUNDS.values())) / 255
+    return [list(GROUNDS)[i] for i in torch.cdist(middle, known).argmin(1).tolist()]
+
+
 def score(images: Tensor, entry: Entry, detector: Detector, threshold: float = 0.3) -> dict[str, Any]:
     """How well images (N, 3, H, W) in 0..1 of one prompt do.
 
     `correct` has a bool and `wrong` a reason, empty where it is correct, for each image; `score` is the share that is.
+    `ground` says for each whether it has the ground asked for, which the score leaves out, as GenEval would.
     """
     wrong = [judge(found, entry) for found in detector.find(images, threshold)]
     correct = [not reason for reason in wrong]
-    return {"score": sum(correct) / len(correct), "correct": correct, "wrong": wrong}
+    ground = [name == entry.ground for name in grounds(images)]
+    return {"score": sum(correct) / len(correct), "correct": correct, "wrong": wrong, "ground": ground}
 
 
 def summarise(entries: Sequence[Entry], scores: Iterable[float]) -> dict[str, Interval]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from toprovar_compile.demo import to_image
 from toprovar_compile.errors import OptionError
 from toprovar_compile.evaluate.detector import Detector, load_detector
-from toprovar_compile.evaluate.emoji_eval import TASKS, Entry, judge, summarise
+from toprovar_compile.evaluate.emoji_eval import TASKS, Entry, grounds, judge, summarise
 from toprovar_compile.evaluate.images import numbers
 from toprovar_compile.evaluate.intervals import mean_interval
 from toprovar_compile.evaluate.quality import closeness
@@ -40,7 +40,7 @@ Generate = Callable[[list[str], list[int]], Tensor]
 
 _UNTIMED = 2  # batches at the beginning, in which a way compiles and records
 _SIDE, _GAP, _LEFT, _TOP = 192, 6, 118, 60  # pixels of the contact sheet
-_MEASURES = ("ssim", "psnr", "distance")
+_MEASURES = ("ssim", "psnr", "distance", "ground")
 
 
 def evaluate(
@@ -107,6 +107,9 @@ def evaluate(
                 "ssim": numbers(near),
                 "psnr": numbers(decibels, 3),
                 "distance": numbers(detector.distance(images, first)),
+                "ground": [
+                    int(name == entries[i].ground) for name, i in zip(grounds(images), wanted[:count], strict=True)
+                ],
             }
             for j in range(count):
                 if start + j in shown and folder is not None:
@@ -189,11 +192,12 @@ def _results(
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as a Markdown table, with 95 % intervals."""
     tasks = [t for t in TASKS if t in results["results"][0]["scores"]]
-    head = ["", "overall", "minus first", *tasks, "SSIM", "PSNR dB", "distance", "s an image", "x"]
+    head = ["", "overall", "minus first", *tasks, "ground", "SSIM", "PSNR dB", "distance", "s an image", "x"]
     lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
     for r in results["results"]:
         cells = [r["name"], _interval(r["scores"]["overall"]), _interval(r["minus_first"]["overall"], signed=True)]
         cells += [f"{r['scores'][t]['mean']:.2f}" for t in tasks]
+        cells += [f"{r['ground']['mean']:.2f}"]
         cells += [f"{r['ssim']['mean']:.3f}", f"{r['psnr']['mean']:.1f}", f"{r['distance']['mean']:.4f}"]
         lines.append("| " + " | ".join([*cells, f"{r['seconds']:.3f}", f"{r['speedup']:.2f}"]) + " |")
     return "\n".join(lines)

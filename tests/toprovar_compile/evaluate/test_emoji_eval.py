@@ -17,7 +17,17 @@ from toprovar_compile.cli import app
 from toprovar_compile.errors import CheckpointError, OptionError
 from toprovar_compile.evaluate import detector as detecting
 from toprovar_compile.evaluate.detector import Detector, Found, load_detector, overlap
-from toprovar_compile.evaluate.emoji_eval import Entry, Wanted, judge, load_prompts, places, score, summarise
+from toprovar_compile.evaluate.emoji_eval import (
+    GROUNDS,
+    Entry,
+    Wanted,
+    grounds,
+    judge,
+    load_prompts,
+    places,
+    score,
+    summarise,
+)
 from toprovar_compile.evaluate.emoji_run import evaluate, markdown
 from toprovar_compile.models.var import VAR
 
@@ -108,7 +118,16 @@ def test_images_of_one_prompt_are_scored() -> None:
     net = Oracle(["apple", "key"], ["red"], 4)
     images = torch.cat([_pictures(["two keys"]), _pictures(["two keys"], right=False)])
     result = score(images, ENTRIES[1], net)
+    assert result.pop("ground") == [False, False]  # noise of middle gray, while white is asked for
     assert result == {"score": 0.5, "correct": [True, False], "wrong": ["", "0 of 2 key"]}
+
+
+@pytest.mark.parametrize("side", [32, 256])
+def test_grounds_are_told_from_the_edges(side: int) -> None:
+    colours = torch.tensor(list(GROUNDS.values())) / 255
+    images = colours[:, :, None, None].repeat(1, 1, side, side)
+    images[:, :, side // 3 :, side // 4 : side // 2] = 0.0  # an object that touches the lower edge
+    assert grounds((images + 0.02 * torch.randn_like(images)).clamp(0, 1)) == list(GROUNDS)
 
 
 def test_peaks_are_read_once_each() -> None:
@@ -163,6 +182,7 @@ def test_a_run_compares_ways_and_goes_on_where_it_stopped(tmp_path: Path) -> Non
     dense, pruned = results["results"]
     assert dense["scores"]["overall"]["mean"] == 1 and dense["speedup"] == 1 and dense["psnr"]["mean"] == 100
     assert pruned["scores"]["overall"]["mean"] == 0 and pruned["minus_first"]["overall"]["mean"] == -1
+    assert dense["ground"]["mean"] == 0 and "| ground |" in markdown(results)
     assert pruned["ssim"]["mean"] < 1 and pruned["distance"]["mean"] > 0 and len(pruned["wrong"]) == 3
     assert json.loads((tmp_path / "emoji_eval.json").read_text()) == json.loads(json.dumps(results))
     assert (tmp_path / "emoji_eval.png").exists()
