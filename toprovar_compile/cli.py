@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +22,7 @@ from toprovar_compile.errors import OptionError, ToproVarError, nearest
 
 if TYPE_CHECKING:
     from toprovar_compile.measure import Job, Way
+    from toprovar_compile.models.emoji_infinity import EmojiInfinity
     from toprovar_compile.models.var import VAR
 
 EXIT_ERROR = 2
@@ -133,7 +134,10 @@ def demo(
 @app.command()
 def generate(
     prompts: Annotated[
-        list[str], typer.Argument(help="Class names, parts of them, emoji characters, or class numbers.")
+        list[str],
+        typer.Argument(
+            help="Class names, parts of them, emoji characters or class numbers; for emoji-infinity, whole prompts."
+        ),
     ],
     model: Model = "emoji-var",
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="Images of each prompt.")] = 1,
@@ -144,7 +148,9 @@ def generate(
     cfg: Cfg = None,
     top_k: TopK = None,
     top_p: TopP = None,
-    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the pictures.")] = Path("toprovar-out"),
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder for the pictures, or the .png file of a single one.")
+    ] = Path("toprovar-out"),
 ) -> None:
     """Generate pictures and write each as a PNG file."""
     import torch
@@ -152,18 +158,31 @@ def generate(
     from toprovar_compile import measure
     from toprovar_compile.demo import to_image
     from toprovar_compile.files import write_png
+    from toprovar_compile.models.emoji_infinity import EmojiInfinity
 
-    target = measure.pick_device(device)
-    network = _load(model, target)
-    labels = [_label(network, model, prompt) for prompt in prompts]
-    run = _way(backend, plan, network).prepare(network)
+    if out.suffix == ".png" and len(prompts) * count > 1:
+        raise OptionError(f"{len(prompts) * count} pictures for one file {out}", where="--out", expected="a folder")
+    target, sampling = measure.pick_device(device), _sampling(cfg, top_k, top_p)
+    network: VAR | EmojiInfinity = _load(model, target)
     console = Console()
-    with torch.no_grad(), measure.autocast(target):
-        for label in labels:
+    if isinstance(network, EmojiInfinity):
+        named: list[tuple[str, Any]] = [(prompt, [prompt]) for prompt in prompts]
+        precision: AbstractContextManager[Any] = nullcontext()
+        if target.type == "cuda":
+            network = network.to(torch.bfloat16)
+        bar: AbstractContextManager[Any] = _scale_bar(network, len(prompts) * count, console)
+    else:
+        labels = [_label(network, model, prompt) for prompt in prompts]
+        named = [(measure.class_name(network, label), torch.tensor([label], device=target)) for label in labels]
+        precision, bar = measure.autocast(target), nullcontext()
+    run = _way(backend, plan, network).prepare(network)
+    with torch.no_grad(), precision, bar:
+        for text, given in named:
             for i in range(count):
-                images = run(torch.tensor([label], device=target), seed=seed + i, **_sampling(cfg, top_k, top_p))
-                name = re.sub(r"[^a-z0-9]+", "-", measure.class_name(network, label).lower()).strip("-")
-                path = write_png(out / f"{name}-{seed + i}.png", to_image(images[0].float().cpu()))
+                images = run(given, seed=seed + i, **sampling)
+                name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "picture"
+                path = out if out.suffix == ".png" else out / f"{name[:80]}-{seed + i}.png"
+                path = write_png(path, to_image(images[0].float().cpu()))
                 console.print(f"wrote {path}", highlight=False)
 
 
@@ -292,7 +311,7 @@ def _load(name: str, device: Any) -> VAR:
     return models.load(name, device=device)
 
 
-def _way(backend: str, plan: str, model: VAR) -> Way:
+def _way(backend: str, plan: str, model: VAR | EmojiInfinity) -> Way:
     from toprovar_compile import measure
     from toprovar_compile.plan_spec import plan_for
 
@@ -351,6 +370,27 @@ def _assignment(text: str) -> tuple[str, Any]:
 def _bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
+
+
+@contextmanager
+def _scale_bar(model: EmojiInfinity, images: int, console: Console) -> Iterator[None]:
+    """A bar over the scales of all images; the first image compiles while it stands still."""
+    with _bar(console) as progress:
+        total = len(model.schedule)
+        task = progress.add_task("generating", total=images * total)
+        image = -1
+
+        def on_scale(done: int, of: int) -> None:
+            nonlocal image
+            image += done == 1
+            progress.update(task, completed=image * total + done)
+
+        model.on_scale = on_scale
+        try:
+            yield
+        finally:
+            del model.on_scale
+            progress.update(task, completed=images * total)
 
 
 @contextmanager

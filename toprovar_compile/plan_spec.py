@@ -10,13 +10,14 @@ from toprovar_compile.plan import Plan
 from toprovar_compile.schedule import ScaleSchedule
 
 if TYPE_CHECKING:
+    from toprovar_compile.models.emoji_infinity import EmojiInfinity
     from toprovar_compile.models.var import VAR
 
 _KEYS = ("keep", "from", "layers", "exit", "unguided", "restore", "score", "selection", "direction", "bucket", "seed")
 _EXPECTED = "auto, dense, a plan file, or keep=SHARE,from=SCALE with optional " + ", ".join(_KEYS[2:])
 
 
-def plan_for(text: str, model: VAR) -> Plan:
+def plan_for(text: str, model: VAR | EmojiInfinity) -> Plan:
     """The plan that `text` names (see `parse_plan`) for this model, checked to fit it."""
     plan = parse_plan(text, model.schedule, len(model.blocks), model.plan)
     plan.check_model(model.fingerprint(), model.schedule, len(model.blocks))

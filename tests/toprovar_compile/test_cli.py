@@ -13,7 +13,11 @@ from toprovar_compile.bench import emoji_var as bench
 from toprovar_compile.bench import fae as bench_fae
 from toprovar_compile.errors import OptionError, PlanError
 from toprovar_compile.measure import Way
+from toprovar_compile.models.bsq import BSQVAEConfig
+from toprovar_compile.models.emoji_infinity import EmojiInfinity, init_weights
+from toprovar_compile.models.infinity import InfinityConfig
 from toprovar_compile.models.var import VAR
+from toprovar_compile.models.word_text import WordTextConfig
 from toprovar_compile.plan import Plan
 
 NAMES = ["red apple", "rocket", *(f"thing {i}" for i in range(2, 10))]
@@ -193,3 +197,23 @@ def test_every_command_has_help() -> None:
     for command in (*commands, ["bench", "emoji-var"], ["bench", "fae"]):
         result = runner.invoke(cli.app, [*command, "--help"])
         assert result.exit_code == 0
+
+
+def test_generate_takes_prompts(run: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = WordTextConfig(("a", "key", "two"), depth=1, max_words=8)
+    vae = BSQVAEConfig(4, 8, (1, 2), 1, shuffle=2, groups=4)
+    cfg = InfinityConfig(1, 64, 2, text_channels=128, text_maxlen=8, text_pad=8, vae=vae)
+    model = EmojiInfinity(cfg, text, (1, 2, 4)).eval().requires_grad_(False)
+    init_weights(model)
+    monkeypatch.setattr(models, "load", lambda name, device=None: model)
+    out = tmp_path / "out.png"
+    result = run("generate", "a key", "--model", "emoji-infinity", "--plan", "dense", "--cfg", 2, "-o", out)
+    assert result.exit_code == 0, result.output
+    assert "3/3" in result.output and model.on_scale is None
+    from toprovar_compile.demo import to_image
+
+    assert Image.open(out).tobytes() == to_image(model("a key", seed=0, cfg=2.0)[0]).tobytes()
+    result = run("generate", "a key", "two keys", "--model", "emoji-infinity", "--backend", "eager", "-o", tmp_path)
+    assert result.exit_code == 0 and (tmp_path / "two-keys-0.png").exists(), result.output
+    result = run("generate", "a key", "a", "--model", "emoji-infinity", "-o", out)
+    assert result.exit_code == cli.EXIT_ERROR and "a folder" in result.output

@@ -63,7 +63,7 @@ class WordTokenizer:
         for word in _WORD.findall(prompt.lower())[: self.cfg.max_words]:
             known = self._ids.get(word) or self._ids.get(word.removesuffix("s"), UNKNOWN)
             found.append(known)
-            if known == UNKNOWN and word not in self._told:
+            if known == UNKNOWN and word != "," and word not in self._told:
                 unknown.append(word)
         if unknown and not quiet:
             self._told.update(unknown)
