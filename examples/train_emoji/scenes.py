@@ -52,7 +52,7 @@ COLOURS = {  # lightness, chroma, hue in OKLCH
 RELATIONS = ("left of", "right of", "above", "below", "and")
 _OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above", "and": "and"}
 _NUMBERS = {1: "a", 2: "two", 3: "three", 4: "four"}
-_PLURALS = {"knife": "knives", "fish": "fish", "mailbox": "mailboxes", "octopus": "octopuses"}
+_PLURALS = {"scarf": "scarves", "snowman": "snowmen", "fish": "fish", "mailbox": "mailboxes", "octopus": "octopuses"}
 _SHARES = {"pair": 0.2, "relation": 0.2, "colour": 0.22, "count": 0.3, "ground": 0.2}  # of each kind reserved
 
 
@@ -213,7 +213,7 @@ def plural(noun: str) -> str:
         return _PLURALS[noun]
     if noun.endswith("y") and noun[-2] not in "aeiou":
         return noun[:-1] + "ies"
-    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh", "tomato")) else "s")
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
 
 
 def _say(g: Group, rng: random.Random | None) -> str:
