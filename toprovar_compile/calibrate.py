@@ -30,18 +30,23 @@ def calibrate(
 ) -> Plan:
     """Generate images unpruned in eager mode, measure all layers at all scales, and return the plan for this model.
 
-    `prompts` labels are drawn with `seed`, generated `batch` at a time with the keyword arguments `sampling` of the
-    model's forward. `progress` is called with the images done and their total. The statistics are in
-    provenance["statistics"], from which `plan_from_statistics` makes plans for other thresholds. Equal arguments on the
-    same machine give equal plans. Raises OptionError for numbers below 1 and for a model in training mode.
+    `prompts` labels, or example prompts of a model that takes prompts, are drawn with `seed`, generated `batch` at a
+    time with the keyword arguments `sampling` of the model's forward. `progress` is called with the images done and
+    their total. The statistics are in provenance["statistics"], from which `plan_from_statistics` makes plans for other
+    thresholds. Equal arguments on the same machine give equal plans. Raises OptionError for numbers below 1 and for a
+    model in training mode.
     """
     for name, value in (("prompts", prompts), ("batch", batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise OptionError(f"{name} is {value!r}", where="calibrate", expected="an integer of at least 1")
     if model.training:
         raise OptionError("the model is in training mode", where="calibrate", expected="model.eval()")
-    rng = torch.Generator().manual_seed(seed)
-    labels = torch.randint(model.cfg.num_classes, (prompts,), generator=rng).to(next(model.parameters()).device)
+    labels: Any
+    if hasattr(model, "sample_prompts"):
+        labels = model.sample_prompts(prompts, seed)
+    else:
+        rng = torch.Generator().manual_seed(seed)
+        labels = torch.randint(model.cfg.num_classes, (prompts,), generator=rng).to(next(model.parameters()).device)
     sums = _Sums(model.schedule, len(model.blocks))
     dense = Plan.dense(model.schedule, len(model.blocks))
     with reference.pruned(model, dense, measure_all=True) as trace:

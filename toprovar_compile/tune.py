@@ -216,18 +216,27 @@ def _starting_points(stats: Statistics, guidance: bool) -> list[dict[str, Any]]:
 
 
 class _Images:
-    """The classes of the search, or those held out, with their unpruned images."""
+    """The classes or prompts of the search, or those held out, with their unpruned images."""
+
+    labels: Any
 
     def __init__(self, model: Any, settings: Settings, *, held_out: bool) -> None:
         self.model, self.batch = model, settings.images_at_once
         self.seed = settings.seed + (_HELD_OUT_SEED if held_out else 0)
         self.device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(settings.seed)
-        order = torch.randperm(model.cfg.num_classes, generator=generator)
+        if hasattr(model, "sample_prompts"):
+            drawn = model.sample_prompts(settings.images + settings.held_out, settings.seed)
+            self.labels = drawn[settings.images :] if held_out else drawn[: settings.images]
+        else:
+            self.labels = self._classes(settings, held_out, generator)
+        self.unpruned = self._images(Plan.dense(model.schedule, len(model.blocks)))
+
+    def _classes(self, settings: Settings, held_out: bool, generator: torch.Generator) -> Tensor:
+        order = torch.randperm(self.model.cfg.num_classes, generator=generator)
         # The search takes classes from the front, the confirmation from the back.
         chosen = order.flip(0)[: settings.held_out] if held_out else order[: settings.images]
-        self.labels = chosen.to(self.device)
-        self.unpruned = self._images(Plan.dense(model.schedule, len(model.blocks)))
+        return chosen.to(self.device)
 
     def ssim(self, plan: Plan) -> Tensor:
         """One number an image."""

@@ -10,6 +10,7 @@ or bsq.json; its training goes into the model card too.
 from __future__ import annotations
 
 import hashlib
+import random
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -71,13 +72,22 @@ def load_run(run: Path) -> EmojiInfinity:
     return model.eval().requires_grad_(False)
 
 
-def write_model(model: EmojiInfinity, out: Path, *, encoder: bool) -> None:
-    """Write model.safetensors and config.json."""
+def example_prompts(count: int = 400) -> list[str]:
+    """Prompts as training draws them, to calibrate and tune with."""
+    import scenes
+
+    rng = random.Random("examples")
+    return [scenes.prompt(scenes.draw_scene(rng), rng) for _ in range(count)]
+
+
+def write_model(model: EmojiInfinity, out: Path, prompts: list[str], *, encoder: bool) -> None:
+    """Write model.safetensors, config.json and prompts.json."""
     out.mkdir(parents=True, exist_ok=True)
     state = {k: v for k, v in model.state_dict().items() if encoder or not k.startswith("vae.encoder.")}
     save_file(pack(state), out / "model.safetensors")
     (out / "model.safetensors").chmod(0o644)
     common.write_json(out / "config.json", model.to_json() | {"encoder": encoder})
+    common.write_json(out / "prompts.json", prompts)
 
 
 def card(model: EmojiInfinity, run: Path, earlier: list[Path], out: Path, encoder: bool) -> str:
@@ -136,7 +146,7 @@ def main(
     model = load_run(run)
     given: dict[str, Any] = {k: v for k, v in (("cfg", cfg), ("tau", tau)) if v is not None}
     model.sampling = replace(model.sampling, **given)
-    write_model(model, out, encoder=encoder)
+    write_model(model, out, example_prompts(), encoder=encoder)
     for name, kept in (("bsq.png", "reconstruction.png"), ("infinity.png", "samples.png")):
         if (run / name).exists():
             shutil.copy(run / name, out / kept)

@@ -322,9 +322,13 @@ def main(
     singles: Annotated[float, typer.Option(help="Share of single emoji.")] = 0.25,
     coarse: Annotated[float, typer.Option(help="Share of the time on the coarse scales alone.")] = 0.3,
     init: Annotated[Path | None, typer.Option(help="Folder of infinity-*.safetensors to start from.")] = None,
+    cudnn: Annotated[bool, typer.Option(help="Let cuDNN compute attention where PyTorch prefers it.")] = True,
+    compiled: Annotated[bool, typer.Option(help="Compile the layers.")] = True,
 ) -> None:
     """Train the transformer."""
     import scenes
+
+    torch.backends.cuda.enable_cudnn_sdp(cudnn)
 
     composer = bits.composer(folder, common.Workers().device, singles)
 
@@ -350,6 +354,7 @@ def main(
         pool_size=pool_size,
         init=init,
         stages=((0.0, STAGES[0][1]), (coarse, 0)),
+        compiled=compiled,
         prompts=[*PROMPTS, *(p[0] for p in grinning), *drawn],
     )
 

@@ -31,13 +31,13 @@ class Generated:
 def generate(
     model: Any,
     plan: Plan,
-    labels: Tensor,
+    labels: Any,
     *,
     seed: int,
     batch: int = 16,
     sampling: Mapping[str, Any] | None = None,
 ) -> Generated:
-    """Generate `labels` (N,), `batch` at a time; the batch that starts at index i has seed + i.
+    """Generate `labels` (N,), or a list of prompts, `batch` at a time; the batch that starts at index i has seed + i.
 
     All plans draw the same numbers for the same image as long as they run, whatever others in its batch decide.
     """
@@ -45,7 +45,7 @@ def generate(
     return Generated(torch.cat([p.images for p in parts]), tuple(q for p in parts for q in p.plans))
 
 
-def _batch(model: Any, plan: Plan, labels: Tensor, seed: int, sampling: Mapping[str, Any]) -> Generated:
+def _batch(model: Any, plan: Plan, labels: Any, seed: int, sampling: Mapping[str, Any]) -> Generated:
     with pruned(model, undecided(plan)) as trace:
         images: Tensor = model(labels, seed=seed, **sampling).float().cpu()
     if not plan.decisions:

@@ -21,10 +21,12 @@ class EmojiInfinity(Infinity):
     """Infinity over square token maps with a word encoder (attribute `text_encoder`).
 
     `model(["two red apples above a blue key"], seed=0)` gives images (1, 3, H, W) in 0..1. `on_scale`, if set, is
-    called after each scale of a generation with the number of scales done and that of all.
+    called after each scale of a generation with the number of scales done and that of all. `example_prompts` are what
+    calibration and tuning draw from.
     """
 
     on_scale: Callable[[int, int], None] | None = None
+    example_prompts: Sequence[str] = ()
 
     def __init__(self, cfg: InfinityConfig, text: WordTextConfig, patch_nums: Sequence[int]) -> None:
         if (text.width, text.max_words) != (cfg.text_channels, cfg.text_maxlen):
@@ -58,6 +60,13 @@ class EmojiInfinity(Infinity):
             "patch_nums": [h for h, _ in self.schedule.grids],
             "sampling": asdict(self.sampling),
         }
+
+    def sample_prompts(self, count: int, seed: int) -> list[str]:
+        """Random example prompts, different ones as far as there are as many."""
+        if not self.example_prompts:
+            raise OptionError("the model has no example prompts", where="EmojiInfinity", expected="prompts.json")
+        order = torch.randperm(len(self.example_prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [self.example_prompts[order[i % len(order)]] for i in range(count)]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def encode(self, prompts: Sequence[str]) -> list[Tensor]:

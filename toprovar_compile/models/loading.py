@@ -101,7 +101,8 @@ def load(
 def load_folder(folder: Path) -> VAR | EmojiInfinity:
     """A model from a folder of config.json and model*.safetensors, float32 on the CPU, in eval mode.
 
-    A configuration with "text" is that of an EmojiInfinity; a VAR has its classes in classes.json.
+    A configuration with "text" is that of an EmojiInfinity, whose example prompts are in prompts.json; a VAR has its
+    classes in classes.json.
     """
     config = _read_json(folder / "config.json")
     state: dict[str, Tensor] = {}
@@ -117,6 +118,7 @@ def load_folder(folder: Path) -> VAR | EmojiInfinity:
         with torch.device("meta"):
             model = EmojiInfinity.from_json(config)
         _fill(model, state, str(folder))
+        model.example_prompts = _read_json(folder / "prompts.json")
     else:
         model = _empty(VARConfig.from_json(json.dumps(config["model"])))
         _fill(model, state, str(folder))

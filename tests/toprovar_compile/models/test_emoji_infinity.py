@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from toprovar_compile import dispatch
+from toprovar_compile.calibrate import calibrate
 from toprovar_compile.errors import CheckpointError, OptionError, ToproVarWarning
 from toprovar_compile.files import write_json
 from toprovar_compile.models import load_folder, loading
@@ -80,6 +81,14 @@ def test_scales_are_reported(model: EmojiInfinity) -> None:
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
+def test_calibration_draws_prompts(model: EmojiInfinity, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OptionError, match="no example prompts"):
+        calibrate(model, prompts=1)
+    monkeypatch.setattr(model, "example_prompts", PROMPTS)
+    plan = calibrate(model, prompts=3, batch=2)
+    plan.check_model(model.fingerprint(), model.schedule, 2)
+
+
 def test_words_are_numbered() -> None:
     assert vocabulary_of(["keys", "key", "glass", "bus", "a"]) == ("a", "bus", "glass", "key")
     tokenizer = WordTokenizer(WordTextConfig(WORDS, max_words=5))
@@ -105,6 +114,7 @@ def test_packed_weights_load(model: EmojiInfinity, tmp_path: Path, encoder: bool
     state = {k: v for k, v in model.state_dict().items() if encoder or not k.startswith("vae.encoder.")}
     save_file(pack(state), tmp_path / "model.safetensors")
     write_json(tmp_path / "config.json", model.to_json() | {"encoder": encoder})
+    write_json(tmp_path / "prompts.json", PROMPTS)
     plan = Plan.keep_share(model.schedule, 2, 0.5, 2, bucket=1)
     plan.save(tmp_path / "plan.json")
     loaded = load_folder(tmp_path)
@@ -113,6 +123,7 @@ def test_packed_weights_load(model: EmojiInfinity, tmp_path: Path, encoder: bool
         wanted = state[name]
         atol = float(wanted.abs().max()) / 200
         torch.testing.assert_close(value, wanted, atol=atol, rtol=1e-3)
+    assert sorted(loaded.sample_prompts(2, 5)) == sorted(PROMPTS) and len(loaded.sample_prompts(3, 5)) == 3
     assert loaded(PROMPTS, seed=0).shape == (2, 3, 16, 16)
     image = torch.zeros(1, 3, 16, 16)
     if encoder:
