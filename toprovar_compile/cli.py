@@ -183,7 +183,7 @@ def generate(
                 name = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-") or "picture"
                 path = out if out.suffix == ".png" else out / f"{name[:80]}-{seed + i}.png"
                 path = write_png(path, to_image(images[0].float().cpu()))
-                console.print(f"wrote {path}", highlight=False)
+                console.print(f"wrote {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import hashlib
 import random
-import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from PIL import Image
 from safetensors.torch import save_file
 
 from toprovar_compile.models.emoji_infinity import EmojiInfinity
@@ -149,7 +149,8 @@ def main(
     write_model(model, out, example_prompts(), encoder=encoder)
     for name, kept in (("bsq.png", "reconstruction.png"), ("infinity.png", "samples.png")):
         if (run / name).exists():
-            shutil.copy(run / name, out / kept)
+            with Image.open(run / name) as picture:  # 256 colours: a third of the size
+                picture.convert("RGB").quantize(256).save(out / kept, optimize=True)
     packed = load_folder(out)  # the fingerprint is that of the weights as they will be loaded
     assert isinstance(packed, EmojiInfinity)
     with torch.no_grad():
