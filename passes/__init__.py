@@ -15,7 +15,15 @@ from toprovar_compile.passes.prove_token_axis import TokenProof, prove_token_axi
 from toprovar_compile.passes.prune_tokens import prune_tokens
 from toprovar_compile.passes.restore_tokens import restore_tokens
 from toprovar_compile.passes.rewrite_attention import attention_forms, check_rewrite_attention, rewrite_attention
-from toprovar_compile.passes.split_layers import Layer, Piece, SplitStep, check_split_layers, graph_key, split_layers
+from toprovar_compile.passes.split_layers import (
+    Layer,
+    Piece,
+    SplitStep,
+    check_split_layers,
+    cut_weights,
+    graph_key,
+    split_layers,
+)
 from toprovar_compile.passes.write_kv_cache import check_write_kv_cache, write_kv_cache
 
 DYNAMO_PASSES: tuple[Pass, ...] = (
@@ -44,6 +52,7 @@ __all__ = [
     "check_split_layers",
     "check_write_kv_cache",
     "copy_graph",
+    "cut_weights",
     "graph_key",
     "output_values",
     "placeholders",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -28,7 +28,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from toprovar_compile.errors import PassInvariantError, UnsupportedGraphError
 from toprovar_compile.kernels import fae
-from toprovar_compile.passes._graph import placeholders
+from toprovar_compile.passes._graph import output_values, placeholders
 from toprovar_compile.passes._symbols import (
     SizeBuilder,
     expr_of,
@@ -107,6 +107,49 @@ def check_split_layers(gm: GraphModule, split: SplitStep) -> None:
     for output in split.outputs:
         if output is not None and output not in known:
             raise PassInvariantError(f"the output {output} is made by no piece", where="split_layers")
+
+
+def cut_weights(prologue: Piece, fixed: Collection[str]) -> tuple[Piece, Piece]:
+    """Cut off what a prologue makes from the inputs `fixed` alone, casts of weights above all: that, and the rest.
+
+    Steps of other scales make the same of them, and can share it.
+    """
+    inputs = dict(zip(placeholders(prologue.graph), prologue.inputs, strict=True))
+    still = {n for n, name in inputs.items() if name in fixed}
+    made: list[Node] = []
+    for n in prologue.graph.graph.nodes:
+        if n.op == "call_function" and n.all_input_nodes and still.issuperset(n.all_input_nodes):
+            still.add(n)
+            made.append(n)
+    results = output_values(prologue.graph)
+    crossing = [n for n in made if is_tensor(n) and (n in results or not still.issuperset(n.users))]
+    names = {n: f"weights.{n.name}" for n in crossing} | inputs
+    rest = [n for n in prologue.graph.graph.nodes if n.op in ("call_function", "get_attr") and n not in still]
+    first = _copy(prologue.graph, made, crossing, names)
+    # Numbers and lists that both need do not cross: they are made again.
+    again = set(made).difference(crossing)
+    needed = {a for n in rest for a in n.all_input_nodes if a in again}
+    for n in reversed(made):
+        if n in needed:
+            needed.update(a for a in n.all_input_nodes if a in again)
+    second = _copy(prologue.graph, [n for n in made if n in needed] + rest, results, names)
+    return first, Piece(second.graph, second.inputs, prologue.outputs)
+
+
+def _copy(gm: GraphModule, members: Sequence[Node], outputs: Sequence[Node], names: Mapping[Node, str]) -> Piece:
+    """Nodes of a piece as a piece; `names` are those of what they may read from outside and give."""
+    inside = set(members)
+    reads = dict.fromkeys(a for n in members for a in n.all_input_nodes if a not in inside)
+    reads.update(dict.fromkeys(n for n in outputs if n not in inside))
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for i, n in enumerate(reads):
+        copies[n] = graph.placeholder(f"in_{i}")
+        copies[n].meta["val"] = n.meta["val"]
+    for n in members:
+        copies[n] = graph.node_copy(n, copies.__getitem__)
+    graph.output(tuple(copies[n] for n in outputs))
+    return Piece(GraphModule(gm, graph), tuple(names[n] for n in reads), tuple(names.get(n, n.name) for n in outputs))
 
 
 _PROLOGUE, _EPILOGUE = -1, -2  # regions of nodes that lie in no layer

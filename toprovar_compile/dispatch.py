@@ -8,7 +8,7 @@ and is counted.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,10 +23,12 @@ from toprovar_compile.inductor import Compiled, Inner, compile_graph
 from toprovar_compile.passes import (
     PASSES_OF_A_VARIANT,
     Layer,
+    Piece,
     SplitStep,
     TokenProof,
     check_write_kv_cache,
     copy_graph,
+    cut_weights,
     graph_key,
     output_values,
     placeholders,
@@ -257,7 +259,7 @@ class StepState:
         self.session = session
         self.follow(plan)
         self.layers = [LayerState() for _ in range(count)]
-        self.prologues: dict[int, _Prologue] = {}
+        self.prologues: dict[Hashable, _Prologue] = {}
         key = (count, session.schedule if session else None)
         self.watch: Watch | None = session.store.get(WATCH) if session is not None else None
         self.lane = lanes.take(key) if session is not None else Lane()
@@ -340,9 +342,13 @@ class StepProgram:
         tokens = shape_of(placeholders(split.layers[0].piece.graph)[0].meta["val"])[1]
         per_scale = any(tokens in dims for dims in _symbols(split.prologue.graph))
         # What does not depend on the tokens runs once an image: not worth compiling.
-        self.prologue = Unit(split.prologue.graph, inner if per_scale else "eager", hints)
+        self.weights, self.rest = cut_weights(split.prologue, {split.inputs[i] for i in fixed})
+        self.weights_key = graph_key(self.weights.graph)
+        self.from_weights = Unit(self.weights.graph, "eager", hints)
+        self.prologue = Unit(self.rest.graph, inner if per_scale else "eager", hints)
         self.epilogue = Unit(split.epilogue.graph, inner, hints)
-        self.prologue_dims = open_dimensions(split.prologue.graph, {})
+        self.weights_dims = open_dimensions(self.weights.graph, {})
+        self.prologue_dims = open_dimensions(self.rest.graph, {})
         self.epilogue_dims = open_dimensions(split.epilogue.graph, {})
         self.guard_hits: dict[str, int] = {}
         caches = {name for b in self.layers for prior in b.priors if prior for name in prior}
@@ -390,6 +396,7 @@ class StepProgram:
     def units(self) -> dict[str, Unit]:
         """What is compiled, by name."""
         units: dict[str, Unit] = {f"layer {b.cls.key}": b.cls for b in self.layers}
+        units |= {"weights": self.from_weights} if self.weights.outputs else {}
         return units | {"prologue": self.prologue, "epilogue": self.epilogue}
 
     def __call__(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
@@ -445,13 +452,30 @@ class StepProgram:
         return [env[name] if name is not None else None for name in self.split.outputs]
 
     def _run_prologue(self, env: dict[str, Any], state: StepState) -> None:
-        """What does not depend on the stream: kept for the generation as long as its inputs are the same."""
-        piece = self.split.prologue
+        """What does not depend on the stream: kept for the generation as long as its inputs are the same.
+
+        What is made from weights alone is kept for the steps of all scales, whose graphs make the same of them.
+        """
+        self._once("weights", self.weights_key, self.weights, self.from_weights, self.weights_dims, env, state)
+        if self.reads_cache:
+            state.prologues.pop(id(self), None)
+        self._once("prologue", id(self), self.rest, self.prologue, self.prologue_dims, env, state)
+
+    def _once(
+        self,
+        name: str,
+        key: Hashable,
+        piece: Piece,
+        unit: Unit,
+        dims: Sequence[Mapping[int, str]],
+        env: dict[str, Any],
+        state: StepState,
+    ) -> None:
         inputs = tuple(env[name] for name in piece.inputs)
-        known = state.prologues.get(id(self))
-        if known is None or self.reads_cache or not known.made_from(inputs):
-            outs = list(self.prologue.run("prologue", self.prologue.graph, self.prologue_dims, inputs))
-            known = state.prologues[id(self)] = _Prologue(inputs, tuple(_version(a) for a in inputs), outs)
+        known = state.prologues.get(key)
+        if known is None or not known.made_from(inputs):
+            outs = list(unit.run(name, piece.graph, dims, inputs)) if piece.outputs else []
+            known = state.prologues[key] = _Prologue(inputs, tuple(_version(a) for a in inputs), outs)
         env.update(zip(piece.outputs, known.outputs, strict=True))
 
     def _actions(self, plan: Plan | None, state: StepState, x: Tensor) -> tuple[int, list[LayerAction]]:

@@ -106,7 +106,7 @@ def current_session() -> Session | None:
 def generation(
     schedule: ScaleSchedule, fingerprint: Callable[[], str], known_plan: Plan | None = None, prefix: int = 0
 ) -> Iterator[Session]:
-    """Open a session for the `with` block. Nested generations see their own session.
+    """Open a session for the `with` block, without gradients. Nested generations see their own session.
 
     `fingerprint` names the model and its weights; `known_plan` is the plan that came with them, which compiled steps
     take when the user asks for plan="auto"; `prefix` is that of the session.
@@ -114,7 +114,9 @@ def generation(
     session = Session(schedule, fingerprint, known_plan, prefix)
     token = _current.set(session)
     try:
-        yield session
+        # In inference mode tensors count no versions, and nothing that was computed from them could be kept.
+        with torch.inference_mode(False), torch.no_grad():
+            yield session
     finally:
         _current.reset(token)
         for callback in session.on_close:

@@ -18,6 +18,7 @@ from toprovar_compile.kernels import fae
 from toprovar_compile.passes import (
     SplitStep,
     check_split_layers,
+    cut_weights,
     graph_key,
     placeholders,
     shape_of,
@@ -279,6 +280,21 @@ def test_the_modulation_is_computed_before_the_layers(steps: list[GraphModule]) 
     assert [count(layer.piece.graph, aten.silu.default) for layer in split.layers] == [0, 0]
     tokens = shape_of(placeholders(split.layers[0].piece.graph)[0].meta["val"])[1]
     assert not any(tokens in shape_of(n.meta["val"]) for n in placeholders(split.prologue.graph))
+
+
+@pytest.mark.parametrize("fixed", [range(0), range(0, 99, 2), range(1, 99, 2), range(99)])
+def test_what_weights_alone_make_is_cut_off_the_prologue(steps: list[GraphModule], fixed: range) -> None:
+    gm = steps[2]
+    prologue = split_layers(gm).prologue
+    names = {name for i, name in enumerate(prologue.inputs) if i in fixed}
+    weights, rest = cut_weights(prologue, names)
+    assert set(weights.inputs) <= names and rest.outputs == prologue.outputs
+    assert bool(weights.outputs) == bool(names)
+    env = dict(zip([n.name for n in placeholders(gm)], _example_inputs(gm, tokens=7, prior=5), strict=True))
+    want = prologue.graph(*(env[name] for name in prologue.inputs))
+    env.update(zip(weights.outputs, weights.graph(*(env[name] for name in weights.inputs)), strict=True))
+    for got, value in zip(rest.graph(*(env[name] for name in rest.inputs)), want, strict=True):
+        assert torch.equal(got, value)
 
 
 # keys

@@ -335,6 +335,24 @@ def test_two_threads_at_once(fast: Any) -> None:
         assert all(torch.equal(a, b) for a, b in zip(mine, alone, strict=True))
 
 
+def test_weights_are_cast_once_an_image_in_inference_mode(
+    fast: Any, model: VAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+    run = dispatch.Unit.run
+
+    def counted(self: Any, name: str, *args: Any) -> Any:
+        made.append(name)
+        return run(self, name, *args)
+
+    monkeypatch.setattr(dispatch.Unit, "run", counted)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
+        fast(LABELS, seed=0)
+    assert made.count("weights") == 1
+    assert made.count("prologue") == 3  # one for each captured step
+    assert made.count("epilogue") == len(model.schedule)
+
+
 def test_inference_mode(fast: Any, model: VAR) -> None:
     with torch.inference_mode():
         images = fast(LABELS, seed=3)

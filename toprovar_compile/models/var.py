@@ -258,11 +258,13 @@ class VAR(nn.Module):
         sha256 (16 hex digits) of the configuration and of eight bfloat16-rounded values of each parameter.
         """
         digest = hashlib.sha256(self.cfg.to_json().encode())
-        for name, p in self.named_parameters():
-            if not name.startswith("vae."):
-                flat = p.detach().reshape(-1)
-                picks = flat[torch.linspace(0, flat.numel() - 1, 8, device=flat.device).long()]
-                digest.update(name.encode() + str(picks.bfloat16().float().cpu().tolist()).encode())
+        named = [(name, p.detach().reshape(-1)) for name, p in self.named_parameters() if not name.startswith("vae.")]
+        picks = []
+        for _, flat in named:  # in float32 the last position of a large parameter would lie beyond its end
+            at = torch.linspace(0, flat.numel() - 1, 8, dtype=torch.float64, device=flat.device).long()
+            picks.append(flat[at].bfloat16().float())
+        for (name, _), values in zip(named, torch.stack(picks).tolist(), strict=True):
+            digest.update(name.encode() + str(values).encode())
         return digest.hexdigest()[:16]
 
     def get_logits(self, x: Tensor, cond: Tensor) -> Tensor:
@@ -303,7 +305,7 @@ class VAR(nn.Module):
         softmax (for show, not for metrics).
         Raises OptionError for labels of a wrong dtype, shape or range.
         """
-        with torch.no_grad(), generation(self.schedule, self.fingerprint, self.plan) as session:
+        with generation(self.schedule, self.fingerprint, self.plan) as session:
             default = self.sampling
             sampling = Sampling(
                 cfg=default.cfg if cfg is None else cfg,

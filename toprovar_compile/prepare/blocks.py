@@ -14,7 +14,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from toprovar_compile.errors import OptionError, UnsupportedModelError
@@ -194,7 +193,7 @@ def install(
         bound.apply_defaults()
         grids = schedule(**bound.arguments) if callable(schedule) else schedule
         known = ScaleSchedule.from_patch_nums(grids)
-        with torch.no_grad(), generation(known, identity, listed.plan, prefix) as session:
+        with generation(known, identity, listed.plan, prefix) as session:
             run = _Run(listed, session)
             token = _current.set(run)
             try:

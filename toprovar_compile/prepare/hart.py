@@ -198,7 +198,7 @@ class PreparedHART(nn.Module):
         `top_k` has no effect, there as here. Raises OptionError for arguments that do not fit the model.
         """
         model: Any = self._official[0]
-        with torch.no_grad(), generation(self.schedule, self.fingerprint, self.plan, model.context_token) as session:
+        with generation(self.schedule, self.fingerprint, self.plan, model.context_token) as session:
             image, f_hat, x, cos, sin = self._begin(
                 B, label_B, g_seed, cfg, top_p, more_smooth, context_position_ids, context_mask
             )

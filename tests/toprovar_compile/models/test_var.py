@@ -184,6 +184,14 @@ def test_session_is_open_during_generation_only(tiny_var: VAR) -> None:
     assert scales == [0, 1, 2, 3, 4] and current_session() is None
 
 
+def test_fingerprint_of_a_parameter_whose_positions_float32_cannot_count(tiny_var: VAR) -> None:
+    tiny_var.register_parameter("large", torch.nn.Parameter(torch.zeros(22_118_400, dtype=torch.bfloat16)))
+    before = tiny_var.fingerprint()
+    with torch.no_grad():
+        tiny_var.get_parameter("large")[-1] = 1
+    assert tiny_var.fingerprint() != before
+
+
 def test_fingerprint_is_of_weights_and_configuration(tiny_var: VAR, make_var: Callable[..., VAR]) -> None:
     before = tiny_var.fingerprint()
     assert before == deepcopy(tiny_var).bfloat16().fingerprint()
