@@ -102,7 +102,7 @@ def _way(network: Any, plan: Plan, backend: str, target: torch.device) -> Genera
     def make(prompts: list[str], seeds: list[int]) -> torch.Tensor:
         with precision:
             if run is None:
-                return generate(network, plan, prompts, seed=seeds[0], batch=len(prompts)).images  # type: ignore[arg-type]
+                return generate(network, plan, prompts, seed=seeds[0], batch=len(prompts)).images
             return run(prompts, seed=seeds[0])
 
     return make
