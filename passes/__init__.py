@@ -20,7 +20,7 @@ from toprovar_compile.passes.split_layers import (
     Piece,
     SplitStep,
     check_split_layers,
-    cut_weights,
+    cut_shared,
     graph_key,
     split_layers,
 )
@@ -52,7 +52,7 @@ __all__ = [
     "check_split_layers",
     "check_write_kv_cache",
     "copy_graph",
-    "cut_weights",
+    "cut_shared",
     "graph_key",
     "output_values",
     "placeholders",

@@ -109,13 +109,13 @@ def check_split_layers(gm: GraphModule, split: SplitStep) -> None:
             raise PassInvariantError(f"the output {output} is made by no piece", where="split_layers")
 
 
-def cut_weights(prologue: Piece, fixed: Collection[str]) -> tuple[Piece, Piece]:
-    """Cut off what a prologue makes from the inputs `fixed` alone, casts of weights above all: that, and the rest.
+def cut_shared(prologue: Piece, shared: Collection[str]) -> tuple[Piece, Piece]:
+    """Cut off what a prologue makes from the inputs `shared` alone: that, and the rest.
 
-    Steps of other scales make the same of them, and can share it.
+    From weights and conditions steps of all scales make the same: casts, modulations, keys and values of a text.
     """
     inputs = dict(zip(placeholders(prologue.graph), prologue.inputs, strict=True))
-    still = {n for n, name in inputs.items() if name in fixed}
+    still = {n for n, name in inputs.items() if name in shared}
     made: list[Node] = []
     for n in prologue.graph.graph.nodes:
         if n.op == "call_function" and n.all_input_nodes and still.issuperset(n.all_input_nodes):
@@ -123,7 +123,7 @@ def cut_weights(prologue: Piece, fixed: Collection[str]) -> tuple[Piece, Piece]:
             made.append(n)
     results = output_values(prologue.graph)
     crossing = [n for n in made if is_tensor(n) and (n in results or not still.issuperset(n.users))]
-    names = {n: f"weights.{n.name}" for n in crossing} | inputs
+    names = {n: f"shared.{n.name}" for n in crossing} | inputs
     rest = [n for n in prologue.graph.graph.nodes if n.op in ("call_function", "get_attr") and n not in still]
     first = _copy(prologue.graph, made, crossing, names)
     # Numbers and lists that both need do not cross: they are made again.

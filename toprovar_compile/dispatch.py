@@ -28,7 +28,7 @@ from toprovar_compile.passes import (
     TokenProof,
     check_write_kv_cache,
     copy_graph,
-    cut_weights,
+    cut_shared,
     graph_key,
     output_values,
     placeholders,
@@ -325,6 +325,29 @@ class _Bound:
     like: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
+class _Part:
+    """A part of a prologue and its compiled code. Parts of equal keys make the same of the same inputs."""
+
+    def __init__(self, piece: Piece, inner: Inner, hints: Mapping[str, int], tokens: sympy.Expr) -> None:
+        self.piece, self.key = piece, graph_key(piece.graph)
+        per_scale = any(tokens in dims for dims in _symbols(piece.graph))
+        # What does not depend on the tokens runs once an image: not worth compiling.
+        self.unit = Unit(piece.graph, inner if per_scale else "eager", hints)
+        self.dims = open_dimensions(piece.graph, {})
+
+
+def _by_condition(prologue: Piece, weights: Collection[str]) -> list[Piece]:
+    """A prologue in parts: from weights alone, from weights and one other input each, and the rest."""
+    parts = []
+    known, rest = set(weights), prologue
+    for more in (None, *(name for name in prologue.inputs if name not in known)):
+        part, rest = cut_shared(rest, known if more is None else known | {more})
+        if part.outputs:
+            parts.append(part)
+            known.update(part.outputs if more is None else ())
+    return [*parts, rest] if rest.outputs else parts
+
+
 class StepProgram:
     """A step graph, split, its layers bound to classes; called with the inputs of the graph it returns its outputs."""
 
@@ -340,15 +363,9 @@ class StepProgram:
         self.split, self.report = split, report
         self.layers = [self._bind(layer, inner, hints) for layer in split.layers]
         tokens = shape_of(placeholders(split.layers[0].piece.graph)[0].meta["val"])[1]
-        per_scale = any(tokens in dims for dims in _symbols(split.prologue.graph))
-        # What does not depend on the tokens runs once an image: not worth compiling.
-        self.weights, self.rest = cut_weights(split.prologue, {split.inputs[i] for i in fixed})
-        self.weights_key = graph_key(self.weights.graph)
-        self.from_weights = Unit(self.weights.graph, "eager", hints)
-        self.prologue = Unit(self.rest.graph, inner if per_scale else "eager", hints)
+        weights = {split.inputs[i] for i in fixed}
+        self.prologue = [_Part(piece, inner, hints, tokens) for piece in _by_condition(split.prologue, weights)]
         self.epilogue = Unit(split.epilogue.graph, inner, hints)
-        self.weights_dims = open_dimensions(self.weights.graph, {})
-        self.prologue_dims = open_dimensions(self.rest.graph, {})
         self.epilogue_dims = open_dimensions(split.epilogue.graph, {})
         self.guard_hits: dict[str, int] = {}
         caches = {name for b in self.layers for prior in b.priors if prior for name in prior}
@@ -396,8 +413,9 @@ class StepProgram:
     def units(self) -> dict[str, Unit]:
         """What is compiled, by name."""
         units: dict[str, Unit] = {f"layer {b.cls.key}": b.cls for b in self.layers}
-        units |= {"weights": self.from_weights} if self.weights.outputs else {}
-        return units | {"prologue": self.prologue, "epilogue": self.epilogue}
+        return (
+            units | {f"prologue {i}": part.unit for i, part in enumerate(self.prologue)} | {"epilogue": self.epilogue}
+        )
 
     def __call__(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
         """Run one scale. `plan` None runs every layer dense."""
@@ -454,29 +472,15 @@ class StepProgram:
     def _run_prologue(self, env: dict[str, Any], state: StepState) -> None:
         """What does not depend on the stream: kept for the generation as long as its inputs are the same.
 
-        What is made from weights alone is kept for the steps of all scales, whose graphs make the same of them.
+        Steps of other scales are other graphs, of which many parts are equal and make the same of the same inputs.
         """
-        self._once("weights", self.weights_key, self.weights, self.from_weights, self.weights_dims, env, state)
-        if self.reads_cache:
-            state.prologues.pop(id(self), None)
-        self._once("prologue", id(self), self.rest, self.prologue, self.prologue_dims, env, state)
-
-    def _once(
-        self,
-        name: str,
-        key: Hashable,
-        piece: Piece,
-        unit: Unit,
-        dims: Sequence[Mapping[int, str]],
-        env: dict[str, Any],
-        state: StepState,
-    ) -> None:
-        inputs = tuple(env[name] for name in piece.inputs)
-        known = state.prologues.get(key)
-        if known is None or not known.made_from(inputs):
-            outs = list(unit.run(name, piece.graph, dims, inputs)) if piece.outputs else []
-            known = state.prologues[key] = _Prologue(inputs, tuple(_version(a) for a in inputs), outs)
-        env.update(zip(piece.outputs, known.outputs, strict=True))
+        for part in self.prologue:
+            inputs = tuple(env[name] for name in part.piece.inputs)
+            known = None if self.reads_cache else state.prologues.get(part.key)
+            if known is None or not known.made_from(inputs):
+                outs = list(part.unit.run("prologue", part.piece.graph, part.dims, inputs))
+                known = state.prologues[part.key] = _Prologue(inputs, tuple(_version(a) for a in inputs), outs)
+            env.update(zip(part.piece.outputs, known.outputs, strict=True))
 
     def _actions(self, plan: Plan | None, state: StepState, x: Tensor) -> tuple[int, list[LayerAction]]:
         """The scale in progress and the action of each layer, by the guards of the step."""

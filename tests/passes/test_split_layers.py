@@ -18,7 +18,7 @@ from toprovar_compile.kernels import fae
 from toprovar_compile.passes import (
     SplitStep,
     check_split_layers,
-    cut_weights,
+    cut_shared,
     graph_key,
     placeholders,
     shape_of,
@@ -283,11 +283,11 @@ def test_the_modulation_is_computed_before_the_layers(steps: list[GraphModule]) 
 
 
 @pytest.mark.parametrize("fixed", [range(0), range(0, 99, 2), range(1, 99, 2), range(99)])
-def test_what_weights_alone_make_is_cut_off_the_prologue(steps: list[GraphModule], fixed: range) -> None:
+def test_what_some_inputs_alone_make_is_cut_off_the_prologue(steps: list[GraphModule], fixed: range) -> None:
     gm = steps[2]
     prologue = split_layers(gm).prologue
     names = {name for i, name in enumerate(prologue.inputs) if i in fixed}
-    weights, rest = cut_weights(prologue, names)
+    weights, rest = cut_shared(prologue, names)
     assert set(weights.inputs) <= names and rest.outputs == prologue.outputs
     assert bool(weights.outputs) == bool(names)
     env = dict(zip([n.name for n in placeholders(gm)], _example_inputs(gm, tokens=7, prior=5), strict=True))

@@ -190,8 +190,8 @@ def gather(recorder: Recorder) -> dict[str, Any]:
             for cls in {b.cls.key: b.cls for b in program.layers}.values():
                 if f"layer_{cls.key}" not in units:
                     units[f"layer_{cls.key}"] = layer_class_facts(cls, names[cls.key])
-            for part in ("prologue", "epilogue"):
-                unit: Unit = getattr(program, part)
+            parts: dict[str, Unit] = {f"prologue_{i}": part.unit for i, part in enumerate(program.prologue)}
+            for part, unit in (parts | {"epilogue": program.epilogue}).items():
                 name = f"{record.name}_{part}"
                 units[name] = UnitFacts(name, graph_text(unit.graph, part), variants_of(unit))
         graphs.append(
