@@ -151,7 +151,8 @@ COMPILED = {
     "compiled: prune, cached with entropy": 1,
     "compiled: prune, cached": 1,
     "compiled: skip": 1,
+    # From weights, from each of two conditions, and from both: the forms of the step share them.
+    "compiled: prologue": 4,
     # One for each captured form of the step.
-    "compiled: prologue": 3,
     "compiled: epilogue": 3,
 }
