@@ -10,12 +10,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+import typer
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,6 +27,18 @@ from toprovar_compile.models.var import VAR, VARConfig
 from toprovar_compile.models.vqvae import VQVAE, VQVAEConfig
 
 console = Console(width=160)
+
+# Options that the training scripts share; defaults are theirs.
+Data = Annotated[Path, typer.Option("--data", help="Folder with the npm package file.")]
+Run = Annotated[Path, typer.Option("--work", help="Folder of this run.")]
+Minutes = Annotated[float, typer.Option(help="Training time in all.")]
+Steps = Annotated[int, typer.Option(help="Train for so many steps instead.")]
+StopAfter = Annotated[float, typer.Option(help="Stop this call after so many minutes (0: do not).")]
+Tokens = Annotated[int, typer.Option(help="Tokens a step and GPU.")]
+MuonLr = Annotated[float, typer.Option(help="Peak learning rate of Muon.")]
+AdamLr = Annotated[float, typer.Option(help="Peak learning rate of AdamW.")]
+Singles = Annotated[float, typer.Option(help="Share of single emoji.")]
+Packed = Annotated[Path | None, typer.Option(help="Folder of packed weights to start from.")]
 
 
 def emoji_config(classes: int, tiny: bool = False) -> VARConfig:
@@ -292,3 +305,63 @@ def _orthogonal(g: Tensor, steps: int = 5) -> Tensor:
         a = x @ x.mT
         x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
     return (x.mT if tall else x).to(g.dtype)
+
+
+def update(optimizers: Iterable[tuple[torch.optim.Optimizer, float]], factor: float) -> None:
+    """Step optimizers, given with their peak learning rates, at `factor` times those; gradients are forgotten."""
+    for optimizer, peak in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = peak * factor
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+class Trained:
+    """A transformer's parameters in training, the tokenizer's left out: Muon for the matrices of modules whose names
+    begin with one of `layers`, AdamW for the rest, and moving averages of all, in which the past weighs `averaging`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: tuple[str, ...],
+        workers: Workers,
+        *,
+        muon_lr: float,
+        adam_lr: float,
+        averaging: float,
+    ) -> None:
+        self.model, self.workers, self.averaging = model, workers, averaging
+        self.parameters = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
+        workers.same(*(p.data for p in self.parameters.values()))
+        matrices = {n: p for n, p in self.parameters.items() if n.startswith(layers) and p.ndim == 2}
+        rest = [p for n, p in self.parameters.items() if n not in matrices]
+        self.muon = Muon(list(matrices.values()), lr=muon_lr)
+        self.adam = torch.optim.AdamW(rest, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=workers.cuda)
+        self._peaks = ((self.muon, muon_lr), (self.adam, adam_lr))
+        self.average = {n: p.detach().clone() for n, p in self.parameters.items()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.model.load_state_dict(state["model"], strict=False)
+        self.muon.load_state_dict(state["muon"])
+        self.adam.load_state_dict(state["adam"])
+        self.average = state["ema"]
+
+    def state(self) -> dict[str, Any]:
+        """The parts of a checkpoint."""
+        own = {n: p.detach() for n, p in self.parameters.items()}
+        return {"model": own, "muon": self.muon.state_dict(), "adam": self.adam.state_dict(), "ema": self.average}
+
+    def step(self, factor: float, count: int) -> None:
+        """Step number `count`, from 1, with the mean gradients of all processes, at `factor` of the learning rates."""
+        self.workers.average([p.grad for p in self.parameters.values() if p.grad is not None])
+        update(self._peaks, factor)
+        keep = min(self.averaging, count / (count + 9))
+        own = [p.detach() for p in self.parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), own, 1 - keep)
+
+
+def by_scale(values: Tensor, tokens: Sequence[int]) -> Tensor:
+    """Means (S, rows) on the CPU, one of each scale, of values (rows, L) of all positions."""
+    return torch.stack([part.mean(1) for part in values.split(list(tokens), dim=1)]).cpu()

@@ -135,6 +135,7 @@ def train(
     muon = common.Muon([p for p in vae.parameters() if id(p) in chosen], lr=muon_lr) if muon_lr else None
     rest = [p for p in vae.parameters() if id(p) not in chosen]
     adam = torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.99), weight_decay=0.0, fused=workers.cuda)
+    optimizers = [(adam, lr), *([(muon, muon_lr)] if muon is not None else [])]
     done, step, seconds, history = 0.0, 0, 0.0, []
     checkpoint = run / "bsq.pt"
     if checkpoint.exists():
@@ -181,12 +182,7 @@ def train(
             workers.average([p.grad for p in parameters if p.grad is not None])
             torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
             factor = min(1.0, (step + 1) / _WARM_UP) * common.rate(clock.share, 0.0, 0.4)
-            for optimizer, peak in ((adam, lr), (muon, muon_lr)):
-                if optimizer is not None:
-                    for group in optimizer.param_groups:
-                        group["lr"] = peak * factor
-                    optimizer.step()
-                    optimizer.zero_grad()
+            common.update(optimizers, factor)
             step, seen = step + 1, seen + batch * workers.world
             clock.tick()
             if step % 20 == 0:
@@ -228,17 +224,17 @@ def train(
 
 
 def main(
-    folder: Annotated[Path, typer.Option("--data", help="Folder with the npm package file.")] = Path("data"),
-    run: Annotated[Path, typer.Option("--work", help="Folder of this run.")] = Path("runs/infinity"),
-    minutes: Annotated[float, typer.Option(help="Training time in all.")] = 10.0,
-    steps: Annotated[int, typer.Option(help="Train for so many steps instead.")] = 0,
-    stop_after: Annotated[float, typer.Option(help="Stop this call after so many minutes (0: do not).")] = 0.0,
+    folder: common.Data = Path("data"),
+    run: common.Run = Path("runs/infinity"),
+    minutes: common.Minutes = 10.0,
+    steps: common.Steps = 0,
+    stop_after: common.StopAfter = 0.0,
     batch: Annotated[int, typer.Option(help="Images a step and GPU.")] = 16,
-    lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    lr: common.AdamLr = 1e-3,
     muon_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon for convolutions (0: AdamW).")] = 0.02,
     fresh: Annotated[float, typer.Option(help="Share of newly composed images in a batch.")] = 0.5,
     pool_size: Annotated[int, typer.Option("--pool", help="Images kept to draw from.")] = 4096,
-    singles: Annotated[float, typer.Option(help="Share of single emoji.")] = 0.35,
+    singles: common.Singles = 0.35,
     init: Annotated[Path | None, typer.Option(help="Folder of bsq-*.safetensors to start from.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile encoder and decoder.")] = False,
 ) -> None:

@@ -151,10 +151,10 @@ def _share(found: Tensor, labels: Tensor) -> float:
 
 
 def main(
-    folder: Annotated[Path, typer.Option("--data", help="Folder with the npm package file.")] = Path("data"),
-    run: Annotated[Path, typer.Option("--work", help="Folder of this run.")] = Path("runs/emoji"),
+    folder: common.Data = Path("data"),
+    run: common.Run = Path("runs/emoji"),
     minutes: Annotated[float, typer.Option(help="Training time.")] = 1.0,
-    steps: Annotated[int, typer.Option(help="Train for so many steps instead.")] = 0,
+    steps: common.Steps = 0,
     batch: Annotated[int, typer.Option(help="Images a step.")] = 256,
     compiled: Annotated[bool, typer.Option(help="Compile the training step.")] = False,
 ) -> None:

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 import torch
 import torch.nn.functional as F
 import typer
-from torch import Tensor, nn
+from torch import Tensor
 
 from toprovar_compile.models.bsq import BSQVAE
 from toprovar_compile.models.emoji_infinity import EmojiInfinity, init_weights
@@ -119,14 +119,6 @@ def position_weights(patch_nums: Sequence[int], device: torch.device) -> Tensor:
     return (w / w.sum()).to(device)
 
 
-def split_parameters(trained: dict[str, nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters for Muon (the matrices of all layers) and for AdamW (the rest)."""
-    muon, adam = [], []
-    for name, p in trained.items():
-        (muon if name.startswith(("blocks.", "text_encoder.layers.")) and p.ndim == 2 else adam).append(p)
-    return muon, adam
-
-
 def examples(vae: BSQVAE, model: EmojiInfinity, source: Source, rng: random.Random) -> Callable[[int], Any]:
     """What a pool makes: features (float16), word ids and their number, of n new pictures."""
     width = model.text_cfg.max_words
@@ -205,20 +197,15 @@ def train(
     model.vae = vae
     model.to(device)
     patch_nums = [h for h, _ in model.schedule.grids]
-    trained = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
-    workers.same(*(p.data for p in trained.values()))
-    muon_params, adam_params = split_parameters(trained)
-    muon = common.Muon(muon_params, lr=muon_lr)
-    adam = torch.optim.AdamW(adam_params, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=workers.cuda)
-    ema = {n: p.detach().clone() for n, p in trained.items()}
+    trained = common.Trained(
+        model, ("blocks.", "text_encoder.layers."), workers, muon_lr=muon_lr, adam_lr=adam_lr, averaging=_EMA
+    )
     done, step, history, before = 0.0, 0, [], {"steps": 0, "seconds": 0.0, "images": 0}
     checkpoint = run / "infinity.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
-        muon.load_state_dict(state["muon"])
-        adam.load_state_dict(state["adam"])
-        ema, done, history, before = state["ema"], state["share"], state["history"], state["spent"]
+        trained.load(state)
+        done, history, before = state["share"], state["history"], state["spent"]
         step = before["steps"]
     first_step = step
     rng = random.Random(f"transformer/{workers.rank}/{step}")
@@ -241,11 +228,9 @@ def train(
             "seconds": before["seconds"] + time.perf_counter() - begin_time,
             "images": before["images"] + seen,
         }
-        own = {n: p.detach() for n, p in trained.items()}
-        parts = {"muon": muon.state_dict(), "adam": adam.state_dict(), "history": history, "spent": spent}
-        common.save(checkpoint, model=own, ema=ema, share=clock.share, **parts)
+        common.save(checkpoint, share=clock.share, history=history, spent=spent, **trained.state())
         constants = {n: b for n, b in model.named_buffers() if not n.startswith("vae.")}
-        bits.export({**ema, **constants}, run, "infinity")
+        bits.export({**trained.average, **constants}, run, "infinity")
         report = {"share": clock.share, **spent, **common.hardware(), "config": model.to_json(), "history": history}
         common.write_json(run / "infinity.json", report)
         return {"share": clock.share, **spent}
@@ -271,20 +256,12 @@ def train(
                     x, _, _ = block(x, mod, None, None, rows, (k, v, mask), spans=spans)
                 loss, by_position = losses(model, x, cond, targets, position_weights(patch_nums[:scales], device))
             loss.backward()
-            workers.average([p.grad for p in trained.values() if p.grad is not None])
             factor = min(1.0, (step - first_step + 1) / _WARM_UP) * common.rate(clock.share, 0.0, 0.4)
-            for optimizer, lr in ((muon, muon_lr), (adam, adam_lr)):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * factor
-                optimizer.step()
-                optimizer.zero_grad()
             step, seen = step + 1, seen + batch * workers.world
-            keep = min(_EMA, step / (step + 9))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - keep)
+            trained.step(factor, step)
             clock.tick()
             if step % 20 == 0 or step <= first_step + 2:
-                parts = by_position.split(list(model.schedule.tokens[:scales]), dim=1)
-                by_scale = torch.stack([p.mean(1) for p in parts]).cpu()
+                by_scale = common.by_scale(by_position, model.schedule.tokens[:scales])
                 history.append([clock.share, *by_scale.flatten().tolist()])
                 speed = seen / (time.perf_counter() - begin_time)
                 loss_text = " ".join(f"{a:.3f}" for a in by_scale[:, 0].tolist())
@@ -297,7 +274,7 @@ def train(
         workers.wait()
         return
     spent = save()
-    model.load_state_dict(ema, strict=False)
+    model.load_state_dict(trained.average, strict=False)
     for block in blocks:
         block._compiled_call_impl = None  # the compiled form is that of training
     model.eval()
@@ -308,18 +285,18 @@ def train(
 
 
 def main(
-    folder: Annotated[Path, typer.Option("--data", help="Folder with the npm package file.")] = Path("data"),
-    run: Annotated[Path, typer.Option("--work", help="Folder of this run.")] = Path("runs/infinity"),
-    minutes: Annotated[float, typer.Option(help="Training time in all.")] = 20.0,
-    steps: Annotated[int, typer.Option(help="Train for so many steps instead.")] = 0,
-    stop_after: Annotated[float, typer.Option(help="Stop this call after so many minutes (0: do not).")] = 0.0,
-    tokens: Annotated[int, typer.Option(help="Tokens a step and GPU.")] = 110_000,
-    muon_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.02,
-    adam_lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
+    folder: common.Data = Path("data"),
+    run: common.Run = Path("runs/infinity"),
+    minutes: common.Minutes = 20.0,
+    steps: common.Steps = 0,
+    stop_after: common.StopAfter = 0.0,
+    tokens: common.Tokens = 110_000,
+    muon_lr: common.MuonLr = 0.02,
+    adam_lr: common.AdamLr = 3e-3,
     noise: Annotated[float, typer.Option(help="Largest share of wrong bits.")] = 0.2,
     fresh: Annotated[int, typer.Option(help="Newly composed pictures a step and GPU.")] = 24,
     pool_size: Annotated[int, typer.Option("--pool", help="Pictures kept to draw from.")] = 8192,
-    singles: Annotated[float, typer.Option(help="Share of single emoji.")] = 0.25,
+    singles: common.Singles = 0.25,
     coarse: Annotated[float, typer.Option(help="Share of the time on the coarse scales alone.")] = 0.3,
     init: Annotated[Path | None, typer.Option(help="Folder of infinity-*.safetensors to start from.")] = None,
     cudnn: Annotated[bool, typer.Option(help="Let cuDNN compute attention where PyTorch prefers it.")] = True,

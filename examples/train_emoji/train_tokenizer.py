@@ -209,14 +209,14 @@ def train(
 
 
 def main(
-    folder: Annotated[Path, typer.Option("--data", help="Folder with the npm package file.")] = Path("data"),
-    run: Annotated[Path, typer.Option("--work", help="Folder of this run.")] = Path("runs/emoji"),
-    minutes: Annotated[float, typer.Option(help="Training time in all.")] = 5.0,
-    steps: Annotated[int, typer.Option(help="Train for so many steps instead.")] = 0,
-    stop_after: Annotated[float, typer.Option(help="Stop this call after so many minutes (0: do not).")] = 0.0,
+    folder: common.Data = Path("data"),
+    run: common.Run = Path("runs/emoji"),
+    minutes: common.Minutes = 5.0,
+    steps: common.Steps = 0,
+    stop_after: common.StopAfter = 0.0,
     batch: Annotated[int, typer.Option(help="Images a step and GPU.")] = 24,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 5e-4,
-    init: Annotated[Path | None, typer.Option(help="Folder of packed weights to start from.")] = None,
+    init: common.Packed = None,
     compiled: Annotated[
         bool, typer.Option(help="Compile encoder and decoder: pays off after some ten minutes.")
     ] = False,

@@ -108,15 +108,6 @@ def position_weights(cfg: VARConfig, scales: int, device: torch.device) -> Tenso
     return (w / w.sum()).to(device)
 
 
-def split_parameters(model: VAR) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Parameters for Muon (the matrices of the blocks) and for AdamW (the rest)."""
-    muon, adam = [], []
-    for name, p in model.named_parameters():
-        if not name.startswith("vae."):
-            (muon if name.startswith("blocks.") and p.ndim == 2 else adam).append(p)
-    return muon, adam
-
-
 @torch.no_grad()
 def samples(model: VAR, labels: Tensor, path: Path, columns: int, **sampling: float) -> Tensor:
     """Generate images of the labels, write them as a sheet and return them on the CPU."""
@@ -155,20 +146,13 @@ def train(
         init_model(model, features)
     model.vae.load_state_dict(vae.state_dict())
     model.vae.requires_grad_(False)
-    muon_params, adam_params = split_parameters(model)
-    trained = {n: p for n, p in model.named_parameters() if not n.startswith("vae.")}
-    workers.same(*(p.data for p in trained.values()))
-    muon = common.Muon(muon_params, lr=muon_lr)
-    adam = torch.optim.AdamW(adam_params, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=workers.cuda)
-    ema = {n: p.detach().clone() for n, p in trained.items()}
+    trained = common.Trained(model, ("blocks.",), workers, muon_lr=muon_lr, adam_lr=adam_lr, averaging=_EMA)
     done, step, history, before = 0.0, 0, [], {"steps": 0, "seconds": 0.0, "images": 0}
     checkpoint = run / "var.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, map_location=device, weights_only=True)
-        model.load_state_dict(state["model"], strict=False)
-        muon.load_state_dict(state["muon"])
-        adam.load_state_dict(state["adam"])
-        ema, done, history, before = state["ema"], state["share"], state["history"], state["spent"]
+        trained.load(state)
+        done, history, before = state["share"], state["history"], state["spent"]
         step = before["steps"]
     blocks = list(model.blocks)
     losses = token_losses
@@ -195,20 +179,12 @@ def train(
                     x, _, _ = block(x, mod, None, None, spans)
                 loss, by_position = losses(model, x, cond, targets, position_weights(cfg, scales, device))
             loss.backward()
-            workers.average([p.grad for p in trained.values() if p.grad is not None])
             factor = common.rate(clock.share, 0.01, 0.4)
-            for optimizer, lr in ((muon, muon_lr), (adam, adam_lr)):
-                for group in optimizer.param_groups:
-                    group["lr"] = lr * factor
-                optimizer.step()
-                optimizer.zero_grad()
             step, seen = step + 1, seen + batch * workers.world
-            keep = min(_EMA, step / (step + 9))
-            torch._foreach_lerp_(list(ema.values()), [p.detach() for p in trained.values()], 1 - keep)
+            trained.step(factor, step)
             clock.tick()
             if step % 25 == 0:
-                parts = by_position.split(list(model.schedule.tokens[:scales]), dim=1)
-                by_scale = torch.stack([p.mean(1) for p in parts]).cpu()
+                by_scale = common.by_scale(by_position, model.schedule.tokens[:scales])
                 history.append([clock.share, *by_scale.flatten().tolist()])
                 speed = seen / (time.perf_counter() - begin)
                 accuracy = " ".join(f"{a:.2f}" for a in by_scale[:, 1].tolist())
@@ -222,9 +198,8 @@ def train(
         "seconds": before["seconds"] + seconds,
         "images": before["images"] + seen,
     }
-    own = {n: p.detach() for n, p in trained.items()}
-    parts = {"muon": muon.state_dict(), "adam": adam.state_dict(), "history": history, "spent": spent}
-    common.save(checkpoint, model=own, ema=ema, share=clock.share, config=cfg.to_json(), **parts)
+    parts = {"history": history, "spent": spent, "config": cfg.to_json()}
+    common.save(checkpoint, share=clock.share, **parts, **trained.state())
     common.write_json(run / "var.json", {"share": clock.share, **spent, **common.hardware(), "history": history})
     model = common.load_model(run, device)
     labels = torch.arange(64, device=device) * len(images) // 64 + len(images) // 128
@@ -235,16 +210,16 @@ def train(
 
 
 def main(
-    folder: Annotated[Path, typer.Option("--data", help="Folder with the npm package file.")] = Path("data"),
-    run: Annotated[Path, typer.Option("--work", help="Folder of this run.")] = Path("runs/emoji"),
-    minutes: Annotated[float, typer.Option(help="Training time in all.")] = 24.0,
-    steps: Annotated[int, typer.Option(help="Train for so many steps instead.")] = 0,
-    stop_after: Annotated[float, typer.Option(help="Stop this call after so many minutes (0: do not).")] = 0.0,
-    tokens: Annotated[int, typer.Option(help="Tokens a step and GPU.")] = 140_000,
-    muon_lr: Annotated[float, typer.Option(help="Peak learning rate of Muon.")] = 0.02,
-    adam_lr: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 3e-3,
+    folder: common.Data = Path("data"),
+    run: common.Run = Path("runs/emoji"),
+    minutes: common.Minutes = 24.0,
+    steps: common.Steps = 0,
+    stop_after: common.StopAfter = 0.0,
+    tokens: common.Tokens = 140_000,
+    muon_lr: common.MuonLr = 0.02,
+    adam_lr: common.AdamLr = 3e-3,
     noise: Annotated[float, typer.Option(help="Largest share of replaced tokens.")] = 0.15,
-    init: Annotated[Path | None, typer.Option(help="Folder of packed weights to start from.")] = None,
+    init: common.Packed = None,
 ) -> None:
     """Train the transformer."""
     emoji = data.load(folder)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
 import random
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,27 +16,7 @@ from torch import Tensor
 from toprovar_compile.evaluate.detector import Detector, load_detector
 from toprovar_compile.evaluate.emoji_eval import PROMPTS, SIZES, TASKS, Entry, Wanted, load_prompts
 
-FOLDER = Path(__file__).parents[2] / "examples" / "train_emoji"
 SCRIPTS = ("common", "data", "scenes", "eval_prompts", "emoji_names", "train_detector")
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

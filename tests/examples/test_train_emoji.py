@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import io
 import json
-import sys
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,7 +16,6 @@ from torch import Tensor
 
 from toprovar_compile import models
 
-FOLDER = Path(__file__).parents[2] / "examples" / "train_emoji"
 SCRIPTS = ("common", "data", "train_tokenizer", "train_var", "train_classifier", "evaluate", "pack")
 CODES = [
     "0023-fe0f-20e3",
@@ -31,26 +27,6 @@ CODES = [
     "23-fe0f-20e3",
     "2764-fe0f",
 ]
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The networks are so small that a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import random
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,30 +14,9 @@ from torch import Tensor
 from toprovar_compile.models import load_folder
 from toprovar_compile.models.emoji_infinity import EmojiInfinity, init_weights
 
-FOLDER = Path(__file__).parents[2] / "examples" / "train_emoji"
 SCRIPTS = ("common", "bits", "train_bsq", "train_infinity", "pack_infinity")
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255)}
 WORDS = [*COLOURS, "a", "square", "squares"]
-
-
-@pytest.fixture(scope="module")
-def scripts() -> Iterator[SimpleNamespace]:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in SCRIPTS})
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in SCRIPTS:
-            sys.modules.pop(name, None)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The networks are so small that a second thread costs more than it gives."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def draw(n: int, rng: random.Random) -> tuple[Tensor, list[str]]:

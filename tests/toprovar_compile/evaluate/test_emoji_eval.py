@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +36,6 @@ ENTRIES = [
     Entry("counting", "two keys", (Wanted("key", 2),)),
     Entry("position", "an apple left of a key", (Wanted("apple"), Wanted("key")), "left of"),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def _found(noun: str, x: float, y: float, colour: str | None = None, size: float = 60.0) -> Found:
