@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -114,42 +114,26 @@ def cut_shared(prologue: Piece, shared: Collection[str]) -> tuple[Piece, Piece]:
 
     From weights and conditions steps of all scales make the same: casts, modulations, keys and values of a text.
     """
-    inputs = dict(zip(placeholders(prologue.graph), prologue.inputs, strict=True))
-    still = {n for n, name in inputs.items() if name in shared}
-    made: list[Node] = []
-    for n in prologue.graph.graph.nodes:
-        if n.op == "call_function" and n.all_input_nodes and still.issuperset(n.all_input_nodes):
+    gm = prologue.graph
+    inputs = dict(zip(placeholders(gm), prologue.inputs, strict=True))
+    common = [n for n, name in inputs.items() if name in shared]
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function"]
+    still = set(common)
+    for n in nodes:
+        if n.all_input_nodes and still.issuperset(n.all_input_nodes):
             still.add(n)
-            made.append(n)
-    results = output_values(prologue.graph)
+    results = output_values(gm)
+    made = [n for n in nodes if n in still and not is_scalar(n)]
+    rest = [n for n in nodes if n not in still and not is_scalar(n)]
+    # Items of a list are made where the list is, so that tensors alone cross.
     crossing = [n for n in made if is_tensor(n) and (n in results or not still.issuperset(n.users))]
-    names = {n: f"shared.{n.name}" for n in crossing} | inputs
-    rest = [n for n in prologue.graph.graph.nodes if n.op in ("call_function", "get_attr") and n not in still]
-    first = _copy(prologue.graph, made, crossing, names)
-    # Numbers and lists that both need do not cross: they are made again.
-    again = set(made).difference(crossing)
-    needed = {a for n in rest for a in n.all_input_nodes if a in again}
-    for n in reversed(made):
-        if n in needed:
-            needed.update(a for a in n.all_input_nodes if a in again)
-    second = _copy(prologue.graph, [n for n in made if n in needed] + rest, results, names)
-    return first, Piece(second.graph, second.inputs, prologue.outputs)
-
-
-def _copy(gm: GraphModule, members: Sequence[Node], outputs: Sequence[Node], names: Mapping[Node, str]) -> Piece:
-    """Nodes of a piece as a piece; `names` are those of what they may read from outside and give."""
-    inside = set(members)
-    reads = dict.fromkeys(a for n in members for a in n.all_input_nodes if a not in inside)
-    reads.update(dict.fromkeys(n for n in outputs if n not in inside))
-    graph = Graph()
-    copies: dict[Node, Node] = {}
-    for i, n in enumerate(reads):
-        copies[n] = graph.placeholder(f"in_{i}")
-        copies[n].meta["val"] = n.meta["val"]
-    for n in members:
-        copies[n] = graph.node_copy(n, copies.__getitem__)
-    graph.output(tuple(copies[n] for n in outputs))
-    return Piece(GraphModule(gm, graph), tuple(names[n] for n in reads), tuple(names.get(n, n.name) for n in outputs))
+    names = {n.name: name for n, name in inputs.items()} | {n.name: f"shared.{n.name}" for n in crossing}
+    first = _extract(gm, made, crossing, _symbol_source(common))
+    second = _extract(gm, rest, results, _symbol_source(inputs))
+    return (
+        Piece(first.graph, tuple(names[n] for n in first.inputs), tuple(names[n] for n in first.outputs)),
+        Piece(second.graph, tuple(names[n] for n in second.inputs), prologue.outputs),
+    )
 
 
 _PROLOGUE, _EPILOGUE = -1, -2  # regions of nodes that lie in no layer
@@ -206,7 +190,7 @@ def _cut(gm: GraphModule, paths: tuple[str, ...]) -> SplitStep:
             for a in n.all_input_nodes:
                 if region.get(a, _PROLOGUE) not in (i, _PROLOGUE) and a is not streams[i]:
                     raise UnsupportedGraphError(f"{path} reads {a.name}, made by {module_path(a) or 'the step'}")
-    find = _symbol_source(gm)
+    find = _symbol_source(placeholders(gm))
     layers = []
     for i, path in enumerate(paths):
         extra = [o for o in dict.fromkeys(outputs) if o is not None and region.get(o) == i and o is not exits[i]]
@@ -310,10 +294,10 @@ def _output_args(gm: GraphModule) -> Sequence[object]:
     return out if isinstance(out, tuple | list) else (out,)
 
 
-def _symbol_source(gm: GraphModule) -> Callable[[sympy.Symbol], tuple[Node, int]]:
+def _symbol_source(inputs: Iterable[Node]) -> Callable[[sympy.Symbol], tuple[Node, int]]:
     table: dict[sympy.Symbol, tuple[Node, int]] = {}
-    for n in gm.graph.nodes:
-        if n.op == "placeholder" and is_tensor(n):
+    for n in inputs:
+        if is_tensor(n):
             for dim, e in enumerate(shape_of(n.meta["val"])):
                 if e.is_Symbol:
                     table.setdefault(e, (n, dim))
