@@ -167,14 +167,12 @@ def generate(
     console = Console()
     if isinstance(network, EmojiInfinity):
         named: list[tuple[str, Any]] = [(prompt, [prompt]) for prompt in prompts]
-        precision: AbstractContextManager[Any] = nullcontext()
-        if target.type == "cuda":
-            network = network.to(torch.bfloat16)
         bar: AbstractContextManager[Any] = _scale_bar(network, len(prompts) * count, console)
     else:
         labels = [_label(network, model, prompt) for prompt in prompts]
         named = [(measure.class_name(network, label), torch.tensor([label], device=target)) for label in labels]
-        precision, bar = measure.autocast(target), nullcontext()
+        bar = nullcontext()
+    precision = measure.in_user_precision(network, target)
     run = _way(backend, plan, network).prepare(network)
     with torch.no_grad(), precision, bar:
         for text, given in named:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,7 +52,6 @@ def emoji(
     from toprovar_compile.evaluate.detector import load_detector
     from toprovar_compile.evaluate.emoji_eval import load_prompts
     from toprovar_compile.evaluate.emoji_run import evaluate, markdown
-    from toprovar_compile.models.emoji_infinity import EmojiInfinity
     from toprovar_compile.plan_spec import plan_for
 
     if backend not in ("toprovar", "eager"):
@@ -61,8 +60,7 @@ def emoji(
     target, entries = measure.pick_device(device), load_prompts(every)
     detector = load_detector(device=target)
     network: Any = models.load(model, device=target)
-    if isinstance(network, EmojiInfinity) and target.type == "cuda":
-        network = network.to(torch.bfloat16)
+    precision = measure.in_user_precision(network, target)
     plans = {text: plan_for(text, network) for text in plan or ["dense"]}
     context = {
         "model": {"name": model, "fingerprint": network.fingerprint()},
@@ -70,7 +68,7 @@ def emoji(
         "backend": backend,
         "plans": {text: p.digest() for text, p in plans.items()},
     }
-    ways = {text: _way(network, p, backend, target) for text, p in plans.items()}
+    ways = {text: _way(network, p, backend, precision) for text, p in plans.items()}
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with torch.no_grad(), Progress(*columns, console=console) as bar:
@@ -90,13 +88,11 @@ def emoji(
     console.print(f"wrote {out / 'emoji_eval.json'} and {out / 'emoji_eval.png'}", highlight=False, soft_wrap=True)
 
 
-def _way(network: Any, plan: Plan, backend: str, target: torch.device) -> Generate:
+def _way(network: Any, plan: Plan, backend: str, precision: AbstractContextManager[Any]) -> Generate:
     """How a model makes the images of a batch of prompts under a plan; the batch has the first seed."""
     from toprovar_compile import measure
     from toprovar_compile.evaluate.images import generate
-    from toprovar_compile.models.emoji_infinity import EmojiInfinity
 
-    precision = nullcontext() if isinstance(network, EmojiInfinity) else measure.autocast(target)
     run = measure.toprovar_way(plan).prepare(network) if backend == "toprovar" else None
 
     def make(prompts: list[str], seeds: list[int]) -> torch.Tensor:

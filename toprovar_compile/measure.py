@@ -114,6 +114,17 @@ def autocast(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast("cuda", dtype=torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16)
 
 
+def in_user_precision(model: nn.Module, device: torch.device) -> AbstractContextManager[Any]:
+    """`autocast` for a model; an Infinity, which does without, gets bfloat16 weights on a GPU instead."""
+    from toprovar_compile.models.infinity import Infinity
+
+    if not isinstance(model, Infinity):
+        return autocast(device)
+    if device.type == "cuda":
+        model.to(torch.bfloat16)
+    return nullcontext()
+
+
 def precision(device: torch.device) -> str:
     """`autocast` in words."""
     if device.type != "cuda":

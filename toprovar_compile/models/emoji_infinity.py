@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from toprovar_compile.errors import OptionError
-from toprovar_compile.models.infinity import Infinity, InfinityConfig, InfinitySampling, Options
+from toprovar_compile.models.infinity import Infinity, InfinityConfig, InfinitySampling
 from toprovar_compile.models.infinity_text import encode_prompts
 from toprovar_compile.models.word_text import WordEncoder, WordTextConfig, WordTokenizer
 from toprovar_compile.schedule import ScaleSchedule
@@ -91,17 +91,8 @@ class EmojiInfinity(Infinity):
         return images
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _advance(
-        self,
-        s: int,
-        schedule: ScaleSchedule,
-        logits: Tensor,
-        summed: Tensor | None,
-        rng: torch.Generator | None,
-        options: Options,
-        forced: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        out: tuple[Tensor, Tensor] = super()._advance(s, schedule, logits, summed, rng, options, forced)
+    def _advance(self, s: int, schedule: ScaleSchedule, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        out: tuple[Tensor, Tensor] = super()._advance(s, schedule, *args, **kwargs)
         if self.on_scale is not None:
             self.on_scale(s + 1, len(schedule))
         return out

@@ -111,9 +111,8 @@ def load_folder(folder: Path) -> VAR | EmojiInfinity:
     state = unpack(state, str(folder))
     model: VAR | EmojiInfinity
     if "text" in config:
-        from toprovar_compile.models.emoji_infinity import (
-            EmojiInfinity,
-        )  # whose Infinity reads files as this module does
+        # Not at the top: its Infinity reads files as this module does.
+        from toprovar_compile.models.emoji_infinity import EmojiInfinity
 
         with torch.device("meta"):
             model = EmojiInfinity.from_json(config)
