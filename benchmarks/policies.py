@@ -1,16 +1,17 @@
-"""Compare policies on emoji-VAR: FastVAR, SkipVAR, ToProVAR and other scores, by the eager reference.
+"""Compare policies on emoji-VAR or emoji-infinity: FastVAR, SkipVAR, ToProVAR and other scores, by the eager reference.
 
     python benchmarks/policies.py --device cuda --minutes 8 --out benchmarks/results
     python benchmarks/policies.py --device cuda --minutes 9 --timing 4 --images 128 --out OUT   # times plans as well
     python benchmarks/policies.py --images 16 --training 16 --batch 8 --policies fixed scores --out OUT   # a short look
 
-Writes policies_{cpu,cuda}.json after every plan, and the summary (frontiers, intervals, pairs) and plots at the end,
-which comes at most one plan after `--minutes`. What the JSON in OUT already has, of the same images and machine, is
-kept, so that a long comparison can be made in parts: `--policies fixed fastvar skipvar toprovar tuned`, then
-`--policies scores ablation`. On the CPU an image takes about a second: choose few.
-`--classifier DIR` also asks a classifier what it sees.
-`--tuned plan.json` adds plans that `toprovar tune` wrote. `--update-docs` puts the tables into docs/fidelity.md,
-`--only-docs` does that alone, from the JSON files in --out.
+Writes policies_{cpu,cuda}.json (policies_emoji_infinity_cuda.json of another model) after every plan, and the summary
+(frontiers, intervals, pairs) and plots at the end, which comes at most one plan after `--minutes`. What the JSON in OUT
+already has, of the same images and machine, is kept, so that a long comparison can be made in parts: `--policies fixed
+fastvar skipvar toprovar tuned`, then `--policies scores ablation`. On the CPU an image takes about a second: choose
+few.
+`--classifier DIR` also asks a classifier what it sees; prompts of emoji-infinity are EmojiEval's, and judged by it.
+`--tuned plan.json` adds plans that `toprovar tune` wrote. `--update-docs` puts the tables into docs/fidelity.md or
+docs/emoji_infinity.md, `--only-docs` does that alone, from the JSON files in --out.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from toprovar_compile.files import write_bytes
 from toprovar_compile.measure import pick_device
 from toprovar_compile.policies.statistics import Statistics
 
-PAGE = Path(__file__).parents[1] / "docs" / "fidelity.md"
+DOCS = Path(__file__).parents[1] / "docs"
+PAGES = {"emoji-var": DOCS / "fidelity.md", "emoji-infinity": DOCS / "emoji_infinity.md"}
 BEGIN, END = "<!-- results: begin (written by benchmarks/policies.py) -->", "<!-- results: end -->"
 
 
@@ -65,15 +67,17 @@ def main() -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
     if update or only:
-        draw_calibrations(folder)
-        write_bytes(PAGE, filled(PAGE.read_text(), folder).encode())
-        print(f"wrote {PAGE}")
+        page = PAGES[settings.model]
+        if settings.model == default.model:
+            draw_calibrations(folder)
+        write_bytes(page, filled(page.read_text(), folder, settings.model).encode())
+        print(f"wrote {page}")
     return 0
 
 
 def load_judge(run: Path, device: str) -> compare.Judge:
     """The classifier that `examples/train_emoji/train_classifier.py` trained in `run`."""
-    sys.path.insert(0, str(PAGE.parents[1] / "examples" / "train_emoji"))
+    sys.path.insert(0, str(DOCS.parent / "examples" / "train_emoji"))
     from train_classifier import load_classifier
 
     net = load_classifier(run, pick_device(device))
@@ -89,18 +93,17 @@ def load_judge(run: Path, device: str) -> compare.Judge:
     return judge
 
 
-def filled(page: str, results: Path) -> str:
-    """The page with the tables of every published JSON between its two markers."""
+def filled(page: str, results: Path, model: str) -> str:
+    """The page with the tables of every published JSON of a model between its two markers."""
     head, rest = page.split(BEGIN)
     _, tail = rest.split(END)
-    files = [path for device in ("cuda", "cpu") if (path := results / f"policies_{device}.json").exists()]
+    names = [compare.result_name(model, device) for device in ("cuda", "cpu")]
+    files = [path for name in names if (path := results / name).exists()]
     sections = []
     for path in files:
         sections.append(markdown(json.loads(path.read_text())))
         pictures = (("Frontiers", path.with_suffix(".png")), ("Worst images", path.with_name(f"{path.stem}_worst.png")))
-        sections += [
-            f"![{name}]({os.path.relpath(picture, PAGE.parent)})" for name, picture in pictures if picture.exists()
-        ]
+        sections += [f"![{name}]({os.path.relpath(picture, DOCS)})" for name, picture in pictures if picture.exists()]
     return "\n\n".join([head + BEGIN, *(sections or ["Nothing is published yet."]), END + tail])
 
 
@@ -108,7 +111,7 @@ def draw_calibrations(results: Path) -> None:
     """The picture of all calibrations that `eager_frontier.py` made."""
     for path in sorted(results.glob("eager_frontier_*.json"))[:1]:
         found = json.loads(path.read_text())["statistics"]
-        curves([Statistics.from_json(data) for data in found], PAGE.parent / "assets" / "statistics.png")
+        curves([Statistics.from_json(data) for data in found], DOCS / "assets" / "statistics.png")
 
 
 if __name__ == "__main__":

@@ -155,7 +155,8 @@ def infinity(
 
 @app.command()
 def policies(
-    images: Annotated[int, typer.Option("--images", min=2, help="Classes compared, one image each.")] = 256,
+    model: Annotated[str, typer.Option("--model", help="Shipped model.")] = "emoji-var",
+    images: Annotated[int, typer.Option("--images", min=2, help="Classes or prompts, one image each.")] = 256,
     training: Annotated[int, typer.Option("--training", min=2, help="Images that SkipVAR is trained on.")] = 256,
     policy: Annotated[
         list[str] | None, typer.Option("--policy", help="Such as fastvar; repeatable. Default: all.")
@@ -174,6 +175,7 @@ def policies(
 
     require_metrics("bench policies")
     settings = compare.Settings(
+        model=model,
         images=images,
         training=training,
         seed=seed,

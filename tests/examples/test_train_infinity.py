@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from toprovar_compile.errors import ToproVarWarning
+from toprovar_compile.evaluate.emoji_eval import load_prompts
 from toprovar_compile.models import load_folder
 from toprovar_compile.models.emoji_infinity import EmojiInfinity, init_weights
 
-SCRIPTS = ("common", "bits", "train_bsq", "train_infinity", "pack_infinity")
+SCRIPTS = ("common", "bits", "train_bsq", "train_infinity", "pack_infinity", "choose_sampling")
 COLOURS = {"red": (255, 0, 0), "green": (0, 200, 0), "blue": (0, 0, 255)}
 WORDS = [*COLOURS, "a", "square", "squares"]
 
@@ -126,3 +128,17 @@ def test_scripts_train_resume_and_pack(scripts: SimpleNamespace, tmp_path: Path)
     assert isinstance(model, EmojiInfinity) and model.sampling.cfg == 2.0
     assert model(["a red square", "two blue squares"[4:]], seed=0).shape == (2, 3, 32, 32)
     assert model.fingerprint() in (out / "MODEL_CARD.md").read_text()
+
+
+def test_sampling_is_chosen_by_what_scenes_ask_for(scripts: SimpleNamespace, tmp_path: Path) -> None:
+    entries = scripts.choose_sampling.draw_entries(20)
+    assert {e.task for e in entries} == {"counting", "position"}
+    assert all((len(e.groups) == 1) == (e.task == "counting") and e.prompt for e in entries)
+    held_out = {e.prompt for e in load_prompts()}
+    assert not held_out & {e.prompt for e in entries}
+    model = make(scripts)
+    scripts.pack_infinity.write_model(model, tmp_path, ["a red square"], encoder=False)
+    with pytest.warns(ToproVarWarning, match="does not know"):
+        scripts.choose_sampling.main(tmp_path, [1.5], [0.5], 2, 2, "cpu", True)
+    sampling = json.loads((tmp_path / "config.json").read_text())["sampling"]
+    assert (sampling["cfg"], sampling["tau"]) == (1.5, 0.5)

@@ -1,8 +1,9 @@
 """The comparison of policies: quality of all their plans on the same images, by the eager reference.
 
-Quality is closeness to the unpruned image of the same draws; cost is the share of tokens computed, and where asked for
-the time of the compiled plan. Intervals come from resampling the images, the same resamples for all plans, so that
-differences between plans are those of pairs.
+Images are those of classes, or of EmojiEval's prompts where the model takes prompts. Quality is closeness to the
+unpruned image of the same draws; cost is the share of tokens computed, and where asked for the time of the compiled
+plan. Intervals come from resampling the images, the same resamples for all plans, so that differences between plans are
+those of pairs.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from toprovar_compile.costs import Costs
 from toprovar_compile.errors import MissingDependencyError, OptionError
 from toprovar_compile.evaluate import candidates
 from toprovar_compile.evaluate.candidates import Candidate
+from toprovar_compile.evaluate.detector import load_detector
 from toprovar_compile.evaluate.draw import Worst, plot
+from toprovar_compile.evaluate.emoji_eval import Entry, judge, load_prompts, summarise
 from toprovar_compile.evaluate.images import generate, numbers
 from toprovar_compile.evaluate.intervals import Interval, frontier, mean_interval, resamples
 from toprovar_compile.evaluate.quality import closeness
@@ -42,17 +45,22 @@ _TRAINING_SEED, _SEARCH_SEED = 10_000, 20_000  # so that seeds of training, sear
 _TUNED = 10  # plans of a search that are compared
 _TIMED = 8  # images timed for each plan, after as many untimed as compile and record
 _WARMUP = 3
+_READ = 64  # pairs of images that the detector compares at a time
 _PRECISION = {"cpu": "float32", "cuda": "float32, convolutions of the decoder in TF32"}
+_BFLOAT16 = "bfloat16"  # of an Infinity on a GPU, as it is used
 _DRAWS = 1000
 
 
 Judge = Callable[[Tensor], tuple[Tensor, Tensor]]
 """Class scores (N, classes) and features (N, F), on the CPU, of images (N, 3, H, W) in 0..1."""
 
+Jury = Callable[[Tensor], dict[str, Any]]
+"""What is said of all images (N, 3, H, W) of a plan, as entries of its row."""
+
 
 @dataclass(frozen=True)
 class Settings:
-    """`images` (class, seed) pairs are compared, `training` others train SkipVAR.
+    """`images` (class, seed) pairs, or prompts of EmojiEval, are compared, `training` others train SkipVAR.
 
     `minutes` bounds when a new plan may start, `timing` how many of them go to timing compiled plans. `search` is the
     number of plans that a search for good ones tries, on other draws; 0 for none. `tuned` names plan files.
@@ -71,12 +79,12 @@ class Settings:
     tuned: tuple[str, ...] = ()
 
 
-def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, judge: Judge | None = None) -> Path:
-    """Compare, writing policies_{cpu,cuda}.json after every plan and the plots at the end; the path of the JSON.
+def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, classifier: Judge | None = None) -> Path:
+    """Compare, writing the JSON after every plan and the plots at the end; the path of the JSON, of `result_name`.
 
     Plans that the file in `folder` has, of the same images and machine, are kept and not measured again.
-    With a `judge` the share of images that it names rightly is measured too, and the distance of its features to those
-    of the unpruned images, 1 - cosine.
+    With a `classifier` the share of images that it names rightly is measured too, and the distance of its features to
+    those of the unpruned images, 1 - cosine. A model that takes prompts is judged by EmojiEval instead.
     Raises OptionError for a model without calibration statistics in its plan.
     """
     from toprovar_compile import models
@@ -85,8 +93,11 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, ju
     device = measure.pick_device(settings.device)
     model = models.load(settings.model, device=device)
     stats = _statistics(model, settings.model)
-    training, labels = _labels(model, settings)
-    path = folder / f"policies_{device.type}.json"
+    takes_prompts = hasattr(model, "sample_prompts")
+    if takes_prompts:
+        measure.in_user_precision(model, device)
+    training, labels, entries = _wanted(model, settings)
+    path = folder / result_name(settings.model, device.type)
     dense = generate(
         model, Plan.dense(model.schedule, len(model.blocks)), labels, seed=settings.seed, batch=settings.batch
     )
@@ -95,14 +106,14 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, ju
         "version": FORMAT_VERSION,
         "benchmark": "policies",
         "model": {"name": settings.model, "fingerprint": model.fingerprint()},
-        "machine": measure.machine(device) | {"precision": _PRECISION[device.type]},
+        "machine": measure.machine(device) | {"precision": _precision(model, device)},
         "settings": asdict(settings),
-        "labels": labels.tolist(),
+        "labels": labels if takes_prompts else labels.tolist(),
         "sampling": asdict(model.sampling),
         "plans": [],
         "not_measured": [],
     }
-    jury = _jury(judge, labels.cpu(), dense.images)
+    jury = _readers(entries, dense.images, device) if takes_prompts else _jury(classifier, labels.cpu(), dense.images)
     results["unpruned"] = jury(dense.images)
     rows: list[dict[str, Any]] = results["plans"]
     rows += _measured_before(path, results)
@@ -276,14 +287,26 @@ def _summary(plan: Plan) -> str:
     return f"from={pruned},unguided={unguided},exit={plan.exit_scale}"
 
 
-def _jury(judge: Judge | None, labels: Tensor, unpruned: Tensor) -> Callable[[Tensor], dict[str, Any]]:
-    """What the judge says of images, as entries of a row."""
-    if judge is None:
+def result_name(model: str, device: str) -> str:
+    """The file of a comparison: policies_cuda.json of emoji-VAR, policies_emoji_infinity_cuda.json of another model."""
+    own = "" if model == Settings.model else model.replace("-", "_") + "_"
+    return f"policies_{own}{device}.json"
+
+
+def _precision(model: Any, device: torch.device) -> str:
+    """How the eager reference computes."""
+    narrow = next(model.parameters()).dtype == torch.bfloat16
+    return _BFLOAT16 if narrow else _PRECISION[device.type]
+
+
+def _jury(classifier: Judge | None, labels: Tensor, unpruned: Tensor) -> Jury:
+    """What the classifier says of images."""
+    if classifier is None:
         return lambda images: {}
-    _, wanted = judge(unpruned)
+    _, wanted = classifier(unpruned)
 
     def entries(images: Tensor) -> dict[str, Any]:
-        scores, features = judge(images)
+        scores, features = classifier(images)
         named = (scores.argmax(1) == labels).float()
         distance = 1 - torch.nn.functional.cosine_similarity(features.float(), wanted.float())
         return {"named": asdict(mean_interval(named)), "feature_distance": asdict(mean_interval(distance))}
@@ -291,14 +314,44 @@ def _jury(judge: Judge | None, labels: Tensor, unpruned: Tensor) -> Callable[[Te
     return entries
 
 
-def _labels(model: Any, settings: Settings) -> tuple[Tensor, Tensor]:
-    """Classes for training and for the comparison, as far as the model has enough of them all different."""
+def _readers(entries: Sequence[Entry], unpruned: Tensor, device: torch.device) -> Jury:
+    """EmojiEval of images, one for each of its entries: scores, those less the unpruned images' ones, and the distance
+    of the detector's features to theirs."""
+    detector = load_detector(device=device)
+
+    def right(images: Tensor) -> Tensor:
+        found = zip(detector.find(images), entries, strict=True)
+        return torch.tensor([float(not judge(f, e)) for f, e in found])
+
+    wanted = right(unpruned)
+
+    def said(images: Tensor) -> dict[str, Any]:
+        marks = right(images)
+        pairs = zip(images.split(_READ), unpruned.split(_READ), strict=True)
+        distance = torch.cat([detector.distance(a, b) for a, b in pairs])
+        return {
+            "scores": {k: asdict(v) for k, v in summarise(entries, marks.tolist()).items()},
+            "minus_unpruned": asdict(summarise(entries, (marks - wanted).tolist())["overall"]),
+            "feature_distance": asdict(mean_interval(distance)),
+        }
+
+    return said
+
+
+def _wanted(model: Any, settings: Settings) -> tuple[Any, Any, list[Entry]]:
+    """Classes for training and for the comparison, as far as the model has enough of them all different; or example
+    prompts for training and EmojiEval's, evenly spread, with their entries, for the comparison."""
+    if hasattr(model, "sample_prompts"):
+        every = load_prompts()
+        count = min(settings.images, len(every))
+        entries = [every[i * len(every) // count] for i in range(count)]
+        return model.sample_prompts(settings.training, settings.seed), [e.prompt for e in entries], entries
     total = settings.training + settings.images
     generator = torch.Generator().manual_seed(settings.seed)
     rounds = -(-total // model.cfg.num_classes)
     order = torch.cat([torch.randperm(model.cfg.num_classes, generator=generator) for _ in range(rounds)])
     order = order[:total].to(next(model.parameters()).device)
-    return order[: settings.training], order[settings.training :]
+    return order[: settings.training], order[settings.training :], []
 
 
 def _statistics(model: Any, name: str) -> Statistics:
@@ -315,7 +368,7 @@ def _statistics(model: Any, name: str) -> Statistics:
 
 def _time(
     model: Any,
-    labels: Tensor,
+    labels: Any,
     rows: list[dict[str, Any]],
     plans: dict[str, Plan],
     settings: Settings,
@@ -326,16 +379,17 @@ def _time(
     Code is compiled once and shared; the dense plan is timed first and last, so that drift of the machine shows.
     """
     started = time.monotonic()
-    clock = measure.clock(labels.device)
+    device = next(model.parameters()).device
+    clock = measure.clock(device)
     fast: measure.Generate = torch.compile(model, backend="toprovar")
-    own, jobs = model.plan, labels[:_TIMED]
+    own, jobs = model.plan, [labels[i : i + 1] for i in range(min(_TIMED, len(labels)))]
 
     def seconds(plan: Plan) -> float:
         model.plan = plan
-        with torch.no_grad(), measure.autocast(labels.device):
+        with torch.no_grad(), measure.in_user_precision(model, device):
             for i in range(_WARMUP):
-                fast(jobs[:1], seed=i)
-            return statistics.median(clock(partial(fast, x.view(1), seed=i))[1] for i, x in enumerate(jobs))
+                fast(jobs[0], seed=i)
+            return statistics.median(clock(partial(fast, job, seed=i))[1] for i, job in enumerate(jobs))
 
     try:
         dense = Plan.dense(model.schedule, len(model.blocks))

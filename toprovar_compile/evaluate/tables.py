@@ -6,6 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SHOWN = (0.2, 0.3, 0.4, 0.5, 0.7)
+_TOLD = (
+    ("score", "scores"),
+    ("minus unpruned", "minus_unpruned"),
+    ("named", "named"),
+    ("features", "feature_distance"),
+)
+"""Columns that stand only where a judge said something, with the entry of a row that they show."""
 
 
 def markdown(results: Mapping[str, Any]) -> str:
@@ -21,7 +28,15 @@ def markdown(results: Mapping[str, Any]) -> str:
         _section("Every plan", _plans(r for r in done if r["policy"] not in ("ablation",) and not r["shape"])),
         _section("The parts of the method", _plans(r for r in done if r["policy"] == "ablation")),
     ]
-    if named := results.get("unpruned", {}).get("named"):
+    unpruned = results.get("unpruned", {})
+    if scores := unpruned.get("scores"):
+        tasks = ", ".join(f"{k} {v['mean']:.2f}" for k, v in scores.items() if k != "overall")
+        parts.append(
+            f"EmojiEval of the unpruned images: {_interval(scores['overall'])}; {tasks}. *score* is that of a plan, "
+            "*minus unpruned* the difference over the same prompts; *features* is the distance between the detector's "
+            "features of the pruned and the unpruned image, as LPIPS has it."
+        )
+    if named := unpruned.get("named"):
         parts.append(
             f"A classifier of its own names {named['mean']:.1%} ({named['low']:.1%}..{named['high']:.1%}) of the "
             "unpruned images. *named* is that share for a plan; *features* is 1 - cosine between the classifier's "
@@ -57,30 +72,27 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 
 def _plans(plans: Iterable[Mapping[str, Any]]) -> list[list[str]]:
-    rows = [["policy", "plan", "tokens", "SSIM", "worst", "PSNR dB", "named", "features", "x dense, compiled"]]
-    for row in plans:
+    rows = list(plans)
+    told = [name for name, key in _TOLD if any(key in row for row in rows)]
+    out = [["policy", "plan", "tokens", "SSIM", "worst", "PSNR dB", *told, "x dense, compiled"]]
+    for row in rows:
         speed = f"{row['speedup']:.2f}" if "speedup" in row else "-"
-        rows.append(
-            [
-                row["policy"],
-                row["name"],
-                f"{row['share']:.1%}",
-                _interval(row["ssim"]),
-                f"{row['ssim_worst']:.3f}",
-                f"{row['psnr']['mean']:.2f}",
-                f"{row['named']['mean']:.1%}" if "named" in row else "-",
-                f"{row['feature_distance']['mean']:.3f}" if "feature_distance" in row else "-",
-                speed,
-            ]
-        )
-    return rows
+        cells = [row["policy"], row["name"], f"{row['share']:.1%}", _interval(row["ssim"]), f"{row['ssim_worst']:.3f}"]
+        judged = {
+            "score": f"{row['scores']['overall']['mean']:.3f}" if "scores" in row else "-",
+            "minus unpruned": _interval(row.get("minus_unpruned"), signed=True, digits=3),
+            "named": f"{row['named']['mean']:.1%}" if "named" in row else "-",
+            "features": f"{row['feature_distance']['mean']:.3f}" if "feature_distance" in row else "-",
+        }
+        out.append([*cells, f"{row['psnr']['mean']:.2f}", *(judged[name] for name in told), speed])
+    return out
 
 
-def _interval(value: Mapping[str, float] | None, *, signed: bool = False) -> str:
+def _interval(value: Mapping[str, float] | None, *, signed: bool = False, digits: int = 4) -> str:
     if value is None:
         return "-"
-    sign = "+" if signed else ""
-    return f"{value['mean']:{sign}.4f} ({value['low']:{sign}.4f}..{value['high']:{sign}.4f})"
+    form = f"{'+' if signed else ''}.{digits}f"
+    return f"{value['mean']:{form}} ({value['low']:{form}}..{value['high']:{form}})"
 
 
 def _section(title: str, rows: list[list[str]]) -> str:

@@ -153,7 +153,7 @@ class Trials:
 @torch.no_grad()
 def try_strategies(
     model: Any,
-    labels: Tensor,
+    labels: Any,
     *,
     seed: int,
     similarity: Similarity,
@@ -161,10 +161,10 @@ def try_strategies(
     sampling: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Trials:
-    """Generate `labels` under every strategy, and measure by `similarity`, one number an image for two sets of them.
+    """Generate `labels` (N,), or N prompts, under every strategy, and measure by `similarity`.
 
-    Images are generated `batch` at a time, the batch that starts at index i with seed + i; `sampling` goes to the
-    model's forward.
+    That gives one number an image for two sets of them. Images are generated `batch` at a time, the batch that starts
+    at index i with seed + i; `sampling` goes to the model's forward.
     """
     schedule, depth, fingerprint = model.schedule, len(model.blocks), model.fingerprint()
     plans = strategies(schedule, depth, fingerprint)
@@ -207,7 +207,7 @@ def train_skipvar(trials: Trials, target: float) -> Plan:
 
 
 def generated(
-    model: Any, plan: Plan, labels: Tensor, seed: int, sampling: Mapping[str, Any] | None = None
+    model: Any, plan: Plan, labels: Any, seed: int, sampling: Mapping[str, Any] | None = None
 ) -> tuple[Tensor, Trace]:
     """Images (N, 3, H, W) of the eager reference, float32 on the CPU, and what happened."""
     with pruned(model, plan) as trace:

@@ -16,10 +16,15 @@ from toprovar_compile.calibrate import calibrate
 from toprovar_compile.errors import OptionError
 from toprovar_compile.evaluate import candidates, compare
 from toprovar_compile.evaluate.draw import curves
+from toprovar_compile.evaluate.emoji_eval import load_prompts
 from toprovar_compile.evaluate.quality import closeness
 from toprovar_compile.evaluate.tables import markdown
 from toprovar_compile.metrics import psnr, ssim
+from toprovar_compile.models.bsq import BSQVAEConfig
+from toprovar_compile.models.emoji_infinity import EmojiInfinity, init_weights
+from toprovar_compile.models.infinity import InfinityConfig
 from toprovar_compile.models.var import VAR
+from toprovar_compile.models.word_text import WordTextConfig, vocabulary_of
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.toprovar import Thresholds
 
@@ -88,6 +93,32 @@ def test_a_judge_is_asked(model: VAR, tmp_path: Path) -> None:
     assert results["unpruned"]["feature_distance"]["mean"] == pytest.approx(0, abs=1e-5)
     assert all(row["feature_distance"]["mean"] > 0 for row in results["plans"])
     assert "A classifier of its own" in markdown(results)
+
+
+def test_a_model_of_prompts_is_read_by_emoji_eval(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    vae = BSQVAEConfig(4, 8, (1, 2), 1, shuffle=2, groups=4)
+    cfg = InfinityConfig(2, 64, 2, text_channels=128, text_maxlen=12, text_pad=8, vae=vae)
+    words = vocabulary_of(" ".join(e.prompt for e in load_prompts()).split())
+    text = WordTextConfig(words, depth=1, max_words=12)
+    model = EmojiInfinity(cfg, text, range(1, 8)).eval().requires_grad_(False)
+    init_weights(model)
+    for p in (model.head.weight, *(b.ada_gss for b in model.blocks)):
+        p.normal_(std=0.3)  # type: ignore[operator]
+    model.example_prompts = tuple(e.prompt for e in load_prompts(100))
+    model.plan = calibrate(model, prompts=2, thresholds=LOOSE)
+    monkeypatch.setattr(models, "load", lambda name, device: model)
+    monkeypatch.setattr(candidates, "SKIPVAR_TARGETS", (0.9,))
+    settings = dataclasses.replace(SMALL, model="emoji-infinity", policies=("fixed", "skipvar"))
+    path = compare.run(settings, tmp_path, lambda text: None)
+    assert path.name == "policies_emoji_infinity_cpu.json"
+    results = json.loads(path.read_text())
+    every = [e.prompt for e in load_prompts()]
+    assert results["labels"] == [every[0], every[len(every) // 3], every[2 * len(every) // 3]]
+    assert set(results["unpruned"]["scores"]) >= {"overall", "single object"}
+    assert results["unpruned"]["minus_unpruned"]["mean"] == 0 == results["unpruned"]["feature_distance"]["mean"]
+    assert results["plans"][-1]["policy"] == "skipvar" and results["plans"][0]["feature_distance"]["mean"] > 0
+    assert "| minus unpruned |" in markdown(results)
 
 
 def test_scores_are_paired(model: VAR, tmp_path: Path) -> None:
