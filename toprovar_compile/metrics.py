@@ -1,4 +1,4 @@
-"""How close two sets of images are, image by image. Needs the "metrics" extra."""
+"""How close two sets of images are, image by image or as a whole. Needs the "metrics" extra."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import importlib
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from toprovar_compile.errors import MissingDependencyError, OptionError
 
@@ -40,6 +40,35 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     image = _torchmetrics_image("ssim")
     values: Tensor = image.structural_similarity_index_measure(a, b, data_range=1.0, reduction="none")
     return values.reshape(-1)
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Fréchet distance between Gaussians fitted to two sets of feature vectors, float (N, F) and (M, F).
+
+    Heusel et al., arXiv 1706.08500, equation 6; with features of a network that knows the images it stands for FID.
+    Raises OptionError for other shapes or fewer than two vectors, MissingDependencyError without torchmetrics.
+    """
+    for name, x in (("a", a), ("b", b)):
+        if x.dim() != 2 or len(x) < 2 or x.shape[1] != a.shape[1]:
+            raise OptionError(
+                f"{name} has shape {tuple(x.shape)}", where="frechet_distance", expected="features (N, F), N at least 2"
+            )
+    _torchmetrics_image("frechet_distance")
+    fid = importlib.import_module("torchmetrics.image.fid").FrechetInceptionDistance(feature=_Given(a.shape[1]))
+    fid.update(a.detach().double().cpu(), real=True)
+    fid.update(b.detach().double().cpu(), real=False)
+    return float(fid.compute())
+
+
+class _Given(nn.Module):
+    """Stands where torchmetrics has its Inception network: the features are there already."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.num_features = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
 
 
 def _pair(where: str, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

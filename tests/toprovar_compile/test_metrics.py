@@ -100,3 +100,14 @@ def test_missing_torchmetrics(metric: Callable[[Tensor, Tensor], Tensor], monkey
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(MissingDependencyError, match=r"toprovar_compile\[metrics\]"):
         metric(_images(), _images())
+
+
+@needs_torchmetrics
+def test_frechet_distance_by_hand() -> None:
+    x = torch.randn(4000, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert metrics.frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert metrics.frechet_distance(x, x + torch.tensor([3.0, 0, 4.0])) == pytest.approx(25, rel=1e-6)
+    covariance = torch.cov(x.T)
+    assert metrics.frechet_distance(x, 2 * x - x.mean(0)) == pytest.approx(float(covariance.trace()), rel=1e-6)
+    with pytest.raises(OptionError, match="features"):
+        metrics.frechet_distance(x, x[:, :2])

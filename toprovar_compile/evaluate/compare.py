@@ -32,6 +32,7 @@ from toprovar_compile.evaluate.images import generate, numbers
 from toprovar_compile.evaluate.intervals import Interval, frontier, mean_interval, resamples
 from toprovar_compile.evaluate.quality import closeness
 from toprovar_compile.files import write_json
+from toprovar_compile.metrics import frechet_distance
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.skipvar import try_strategies
 from toprovar_compile.policies.statistics import Statistics
@@ -45,7 +46,7 @@ _TRAINING_SEED, _SEARCH_SEED = 10_000, 20_000  # so that seeds of training, sear
 _TUNED = 10  # plans of a search that are compared
 _TIMED = 8  # images timed for each plan, after as many untimed as compile and record
 _WARMUP = 3
-_READ = 64  # pairs of images that the detector compares at a time
+_READ = 64  # images that the detector reads at a time
 _PRECISION = {"cpu": "float32", "cuda": "float32, convolutions of the decoder in TF32"}
 _BFLOAT16 = "bfloat16"  # of an Infinity on a GPU, as it is used
 _DRAWS = 1000
@@ -141,7 +142,7 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, cl
         begin = time.monotonic()
         made = generate(model, candidate.plan, labels, seed=settings.seed, batch=settings.batch)
         similar, decibels = closeness(made.images, dense.images, device)
-        rows.append(_row(candidate, made.shares, similar, decibels) | jury(made.images))
+        rows.append(_row(candidate, made.shares, similar, decibels) | {"flips": made.flips(dense)} | jury(made.images))
         worst.offer(candidate, made, similar, dense.images)
         took = time.monotonic() - begin
         log(f"{label}: {rows[-1]['share']:.3f} of the tokens, SSIM {similar.mean():.4f}, {took:.1f} s")
@@ -309,30 +310,38 @@ def _jury(classifier: Judge | None, labels: Tensor, unpruned: Tensor) -> Jury:
         scores, features = classifier(images)
         named = (scores.argmax(1) == labels).float()
         distance = 1 - torch.nn.functional.cosine_similarity(features.float(), wanted.float())
-        return {"named": asdict(mean_interval(named)), "feature_distance": asdict(mean_interval(distance))}
+        return {
+            "named": asdict(mean_interval(named)),
+            "feature_distance": asdict(mean_interval(distance)),
+            "frechet": frechet_distance(wanted, features),
+        }
 
     return entries
 
 
 def _readers(entries: Sequence[Entry], unpruned: Tensor, device: torch.device) -> Jury:
-    """EmojiEval of images, one for each of its entries: scores, those less the unpruned images' ones, and the distance
-    of the detector's features to theirs."""
+    """EmojiEval of images, one for each of its entries: scores, those less the unpruned images' ones, and the distances
+    of the detector's features to theirs, image by image and as a whole."""
     detector = load_detector(device=device)
 
     def right(images: Tensor) -> Tensor:
         found = zip(detector.find(images), entries, strict=True)
         return torch.tensor([float(not judge(f, e)) for f, e in found])
 
-    wanted = right(unpruned)
+    def embedded(images: Tensor) -> Tensor:
+        return torch.cat([detector.embed(part) for part in torch.split(images, _READ)])
+
+    wanted, known = right(unpruned), embedded(unpruned)
 
     def said(images: Tensor) -> dict[str, Any]:
         marks = right(images)
-        pairs = zip(images.split(_READ), unpruned.split(_READ), strict=True)
+        pairs = zip(torch.split(images, _READ), torch.split(unpruned, _READ), strict=True)
         distance = torch.cat([detector.distance(a, b) for a, b in pairs])
         return {
             "scores": {k: asdict(v) for k, v in summarise(entries, marks.tolist()).items()},
             "minus_unpruned": asdict(summarise(entries, (marks - wanted).tolist())["overall"]),
             "feature_distance": asdict(mean_interval(distance)),
+            "frechet": frechet_distance(known, embedded(images)),
         }
 
     return said

@@ -100,6 +100,11 @@ class Detector(nn.Module):
             total += difference.square().sum(1).mean((1, 2)).float().cpu() / 3
         return total
 
+    @torch.no_grad()
+    def embed(self, images: Tensor) -> Tensor:
+        """One vector an image (B, 3, H, W) in 0..1: its last feature map averaged over places, float32 (B, C), CPU."""
+        return self.features(self._ready(images))[-1].float().mean((2, 3)).cpu()
+
     def _ready(self, images: Tensor) -> Tensor:
         """Images in 0..1 as the network takes them."""
         place = next(self.parameters())

@@ -6,11 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _SHOWN = (0.2, 0.3, 0.4, 0.5, 0.7)
+_NEAR = 0.4
 _TOLD = (
     ("score", "scores"),
     ("minus unpruned", "minus_unpruned"),
     ("named", "named"),
     ("features", "feature_distance"),
+    ("Fréchet", "frechet"),
 )
 """Columns that stand only where a judge said something, with the entry of a row that they show."""
 
@@ -26,6 +28,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         _section("Ours minus theirs", _against(results["ours_against"])),
         _section("Entropy minus another score, plans of equal shape", _pairs(results["pairs"])),
         _section("Every plan", _plans(r for r in done if r["policy"] not in ("ablation",) and not r["shape"])),
+        _section(
+            "Tokens drawn otherwise, scale by scale: of each policy the plan nearest to 40 % of the tokens",
+            _flips(done),
+        ),
         _section("The parts of the method", _plans(r for r in done if r["policy"] == "ablation")),
     ]
     unpruned = results.get("unpruned", {})
@@ -34,13 +40,13 @@ def markdown(results: Mapping[str, Any]) -> str:
         parts.append(
             f"EmojiEval of the unpruned images: {_interval(scores['overall'])}; {tasks}. *score* is that of a plan, "
             "*minus unpruned* the difference over the same prompts; *features* is the distance between the detector's "
-            "features of the pruned and the unpruned image, as LPIPS has it."
+            "features of the pruned and the unpruned image, as LPIPS has it, *Fréchet* that between the two sets."
         )
     if named := unpruned.get("named"):
         parts.append(
             f"A classifier of its own names {named['mean']:.1%} ({named['low']:.1%}..{named['high']:.1%}) of the "
             "unpruned images. *named* is that share for a plan; *features* is 1 - cosine between the classifier's "
-            "features of the pruned and the unpruned image."
+            "features of the pruned and the unpruned image, *Fréchet* the distance between both sets of features."
         )
     if left:
         parts.append("Not measured, for lack of time: " + ", ".join(left) + ".")
@@ -83,8 +89,23 @@ def _plans(plans: Iterable[Mapping[str, Any]]) -> list[list[str]]:
             "minus unpruned": _interval(row.get("minus_unpruned"), signed=True, digits=3),
             "named": f"{row['named']['mean']:.1%}" if "named" in row else "-",
             "features": f"{row['feature_distance']['mean']:.3f}" if "feature_distance" in row else "-",
+            "Fréchet": f"{row['frechet']:.3g}" if "frechet" in row else "-",
         }
         out.append([*cells, f"{row['psnr']['mean']:.2f}", *(judged[name] for name in told), speed])
+    return out
+
+
+def _flips(plans: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    nearest: dict[str, Mapping[str, Any]] = {}
+    for row in (r for r in plans if "flips" in r and r["policy"] != "ablation"):
+        best = nearest.setdefault(row["policy"], row)
+        if abs(row["share"] - _NEAR) < abs(best["share"] - _NEAR):
+            nearest[row["policy"]] = row
+    scales = max((len(row["flips"]) for row in nearest.values()), default=0)
+    out = [["policy", "plan", *map(str, range(scales))]]
+    for row in nearest.values():
+        rates = ["-" if rate is None else f"{rate:.1%}" for rate in row["flips"]]
+        out.append([row["policy"], row["name"], *rates])
     return out
 
 

@@ -50,3 +50,19 @@ def test_each_image_decides_for_itself(tiny_var: VAR) -> None:
         same = generate(tiny_var, fixed, LABELS, seed=2, batch=5)
         torch.testing.assert_close(got.images[i], same.images[i])
     assert got.shares.shape == (5,) and got.shares.max() <= 1
+
+
+def test_tokens_are_compared_scale_by_scale(tiny_var: VAR) -> None:
+    dense = generate(tiny_var, Plan.dense(tiny_var.schedule, 3), LABELS, seed=2, batch=3)
+    assert [t.shape for t in dense.tokens] == [(5, n) for n in tiny_var.schedule.tokens]
+    assert dense.flips(dense) == [0.0] * len(tiny_var.schedule)
+    exits = Plan.keep_share(tiny_var.schedule, 3, 1.0, 5, exit_scale=4)
+    assert generate(tiny_var, exits, LABELS, seed=2, batch=3).flips(dense) == [0.0] * 4 + [None] * (
+        len(tiny_var.schedule) - 4
+    )
+    half = Plan.keep_share(tiny_var.schedule, 3, 0.5, 3, bucket=1, restore="identity")
+    rates = generate(tiny_var, half, LABELS, seed=2, batch=3).flips(dense)
+    assert rates[:3] == [0.0] * 3 and (rates[4] or 0) > 0
+    mixed = generate(tiny_var, _deciding(tiny_var, 0.43), LABELS, seed=2, batch=5)
+    left = [p.exit_scale == 4 for p in mixed.plans]
+    assert any(left) and not all(left) and ((mixed.tokens[4] < 0).all(1)).tolist() == left
