@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +30,11 @@ EXIT_ERROR = 2
 DEMO_CLASSES = (
     "red apple", "smiling face with sunglasses", "rocket", "birthday cake", "octopus", "thumbs up sign",
     "house with garden", "ferris wheel", "hot beverage", "cactus", "dog face", "bicyclist",
+)  # fmt: skip
+
+DEMO_PROMPTS = (
+    "two red apples above a blue key", "a teapot on a pink background", "a yellow car and a purple tree",
+    "three yellow stars", "a blue fish to the left of a red star", "a hamburger",
 )  # fmt: skip
 
 _BACKENDS = ("eager", "inductor", "toprovar")
@@ -97,7 +102,7 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for demo.png and demo.json.")] = Path("toprovar-out"),
     warm: Annotated[bool, typer.Option("--warm", help="Use what earlier runs compiled; compile times shrink.")] = False,
 ) -> None:
-    """Generate the same emoji in eager PyTorch, with Inductor and with toprovar, and compare."""
+    """Generate the same pictures in eager PyTorch, with Inductor and with toprovar, and compare."""
     from toprovar_compile import demo as demo_module
     from toprovar_compile import measure
     from toprovar_compile.plan_spec import plan_for
@@ -107,7 +112,7 @@ def demo(
     target = measure.pick_device(device)
     network = _load(model, target)
     chosen = plan_for(plan, network)
-    jobs = _named_jobs(network, model, DEMO_CLASSES, count, seed)
+    jobs = _named_jobs(network, count, seed)
     ways = [measure.eager_way(), measure.inductor_way(), measure.toprovar_way(chosen)]
     facts = measure.machine(target)
     console.print(
@@ -303,7 +308,7 @@ def doctor(
         raise typer.Exit(1)
 
 
-def _load(name: str, device: Any) -> VAR:
+def _load(name: str, device: Any) -> VAR | EmojiInfinity:
     from toprovar_compile import models
 
     return models.load(name, device=device)
@@ -339,15 +344,19 @@ def _label(model: VAR, name: str, prompt: str) -> int:
     return label
 
 
-def _named_jobs(model: VAR, name: str, wanted: tuple[str, ...], count: int, seed: int) -> list[Job]:
-    """Jobs for the wanted classes that the model has, then for drawn ones."""
-    from toprovar_compile.measure import Job, choose_jobs, class_name
+def _named_jobs(model: VAR | EmojiInfinity, count: int, seed: int) -> list[Job]:
+    """Jobs for the prompts of the demo, or for its classes that the model has; then for drawn ones."""
+    from toprovar_compile.measure import Job, choose_jobs
+    from toprovar_compile.models.emoji_infinity import EmojiInfinity
 
-    known = model.class_names or []
-    labels = [known.index(text) for text in wanted if text in known][:count]
-    drawn = [job.label for job in choose_jobs(model, min(2 * count, model.cfg.num_classes), seed)]
-    labels += [label for label in drawn if label not in labels][: count - len(labels)]
-    return [Job(label, class_name(model, label), seed + i) for i, label in enumerate(labels)]
+    if isinstance(model, EmojiInfinity):
+        jobs = [Job(None, prompt, 0) for prompt in (*DEMO_PROMPTS, *model.sample_prompts(count, seed))]
+    else:
+        known = model.class_names or []
+        jobs = [Job(known.index(text), text, 0) for text in DEMO_CLASSES if text in known]
+        drawn = choose_jobs(model, min(2 * count, model.cfg.num_classes), seed)
+        jobs += [job for job in drawn if job.label not in {wanted.label for wanted in jobs}]
+    return [replace(job, seed=seed + i) for i, job in enumerate(jobs[:count])]
 
 
 def _sampling(cfg: float | None, top_k: int | None, top_p: float | None) -> dict[str, Any]:

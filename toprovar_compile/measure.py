@@ -31,11 +31,15 @@ Clock = Callable[[Callable[[], Tensor]], tuple[Tensor, float]]
 
 @dataclass(frozen=True)
 class Job:
-    """One image: class label, readable name, seed of its draws."""
+    """One image: class label, readable name, seed of its draws. Without a label the name is the prompt."""
 
-    label: int
+    label: int | None
     name: str
     seed: int
+
+    def given(self, device: torch.device) -> Any:
+        """What the model is called with: labels (1,), or a list of one prompt."""
+        return [self.name] if self.label is None else torch.tensor([self.label], device=device)
 
 
 @dataclass(frozen=True)
@@ -161,10 +165,10 @@ def run_way(
     rounds = warmup if warmup is not None else (3 if device.type == "cuda" else 1)
 
     def image(job: Job, seed: int) -> tuple[Tensor, float]:
-        labels = torch.tensor([job.label], device=device)
-        return timed(lambda: generate(labels, seed=seed, **sampling))
+        given = job.given(device)
+        return timed(lambda: generate(given, seed=seed, **sampling))
 
-    with torch.no_grad(), autocast(device):
+    with torch.no_grad(), in_user_precision(model, device):
         on_image("compile", 0)
         spent = []
         for i in range(rounds):
@@ -227,7 +231,10 @@ def toprovar_way(plan: Plan, name: str = "toprovar", **options: Any) -> Way:
 
 
 def choose_jobs(model: nn.Module, count: int, seed: int) -> list[Job]:
-    """`count` different classes drawn with `seed`, the image seeds counted up from it."""
+    """`count` different classes, or example prompts, drawn with `seed`, the image seeds counted up from it."""
+    if hasattr(model, "sample_prompts"):
+        drawn: Any = model.sample_prompts
+        return [Job(None, prompt, seed + i) for i, prompt in enumerate(drawn(count, seed))]
     classes: int = model.cfg.num_classes  # type: ignore[union-attr, assignment]
     if not 1 <= count <= classes:
         raise OptionError(f"{count} classes were asked for", where="count", expected=f"1..{classes}")
