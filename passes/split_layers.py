@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import sympy
@@ -109,10 +109,12 @@ def check_split_layers(gm: GraphModule, split: SplitStep) -> None:
             raise PassInvariantError(f"the output {output} is made by no piece", where="split_layers")
 
 
-def cut_shared(prologue: Piece, shared: Collection[str]) -> tuple[Piece, Piece]:
+def cut_shared(prologue: Piece, shared: Collection[str], conditions: Collection[str] = ()) -> tuple[Piece, Piece]:
     """Cut off what a prologue makes from the inputs `shared` alone: that, and the rest.
 
     From weights and conditions steps of all scales make the same: casts, modulations, keys and values of a text.
+    What is read only together with one and the same of the inputs `conditions` is left to the rest: cut off with that
+    condition, it is freed when it was read.
     """
     gm = prologue.graph
     inputs = dict(zip(placeholders(gm), prologue.inputs, strict=True))
@@ -123,6 +125,7 @@ def cut_shared(prologue: Piece, shared: Collection[str]) -> tuple[Piece, Piece]:
         if n.all_input_nodes and still.issuperset(n.all_input_nodes):
             still.add(n)
     results = output_values(gm)
+    still -= _read_with_one(nodes, still, results, {n: name for n, name in inputs.items() if name in conditions})
     made = [n for n in nodes if n in still and not is_scalar(n)]
     rest = [n for n in nodes if n not in still and not is_scalar(n)]
     # Items of a list are made where the list is, so that tensors alone cross.
@@ -134,6 +137,24 @@ def cut_shared(prologue: Piece, shared: Collection[str]) -> tuple[Piece, Piece]:
         Piece(first.graph, tuple(names[n] for n in first.inputs), tuple(names[n] for n in first.outputs)),
         Piece(second.graph, tuple(names[n] for n in second.inputs), prologue.outputs),
     )
+
+
+def _read_with_one(
+    nodes: Sequence[Node], shared: Collection[Node], results: Collection[Node], conditions: Mapping[Node, str]
+) -> set[Node]:
+    """Those of `shared` that lead only to nodes that need one and the same of the inputs `conditions` besides."""
+    needs: dict[Node, frozenset[str]] = {n: frozenset((name,)) for n, name in conditions.items()}
+    for n in nodes:
+        others = [a for a in n.all_input_nodes if a not in shared]
+        needs[n] = frozenset().union(*(needs.get(a, frozenset(("", a.name))) for a in others))
+    found: dict[Node, frozenset[str]] = {}
+    for n in reversed(nodes):
+        plain = is_tensor(n) and all(map(is_tensor, n.all_input_nodes))  # a list and its items stay together
+        if n in shared and plain and n not in results:
+            readers = [found.get(u, needs[u]) for u in n.users]
+            if all(readers) and len(frozenset().union(*readers)) == 1:
+                found[n] = readers[0]
+    return set(found)
 
 
 _PROLOGUE, _EPILOGUE = -1, -2  # regions of nodes that lie in no layer

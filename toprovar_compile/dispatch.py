@@ -337,15 +337,17 @@ class _Part:
 
 
 def _by_condition(prologue: Piece, weights: Collection[str]) -> list[Piece]:
-    """A prologue in parts: from weights alone, from weights and one other input each, and the rest."""
-    parts = []
-    known, rest = set(weights), prologue
-    for more in (None, *(name for name in prologue.inputs if name not in known)):
-        part, rest = cut_shared(rest, known if more is None else known | {more})
-        if part.outputs:
-            parts.append(part)
-            known.update(part.outputs if more is None else ())
-    return [*parts, rest] if rest.outputs else parts
+    """A prologue in parts: from weights alone, from weights and one other input each, and the rest.
+
+    The first is kept for the generation, so casts of weights that only a condition is multiplied with are not in it.
+    """
+    conditions = [name for name in prologue.inputs if name not in weights]
+    first, rest = cut_shared(prologue, weights, conditions)
+    parts, known = [first], {*weights, *first.outputs}
+    for name in conditions:
+        part, rest = cut_shared(rest, known | {name})
+        parts.append(part)
+    return [part for part in (*parts, rest) if part.outputs]
 
 
 class StepProgram:

@@ -39,7 +39,8 @@ class Session:
     `ran` is the latest scale that a compiled step has run, None before the first. `prefix` counts the tokens that a
     model puts into its caches before the first scale, in a step while `scale` is -1.
     `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
-    the generation ends, however it ends. `graphs` is how they launch a part of the generation as a CUDA graph.
+    the generation ends, however it ends, and `store` is then emptied. `graphs` is how they launch a part of the
+    generation as a CUDA graph.
     """
 
     schedule: ScaleSchedule
@@ -121,3 +122,6 @@ def generation(
         _current.reset(token)
         for callback in session.on_close:
             callback()
+        # What is stored refers back to the session. Memory of a generation must not wait for the garbage collector.
+        session.store.clear()
+        session.on_close.clear()

@@ -16,6 +16,7 @@ from torch.fx import Graph, GraphModule, Node
 from toprovar_compile.errors import PassInvariantError, UnsupportedGraphError
 from toprovar_compile.kernels import fae
 from toprovar_compile.passes import (
+    Piece,
     SplitStep,
     check_split_layers,
     cut_shared,
@@ -295,6 +296,46 @@ def test_what_some_inputs_alone_make_is_cut_off_the_prologue(steps: list[GraphMo
     env.update(zip(weights.outputs, weights.graph(*(env[name] for name in weights.inputs)), strict=True))
     for got, value in zip(rest.graph(*(env[name] for name in rest.inputs)), want, strict=True):
         assert torch.equal(got, value)
+
+
+def test_what_is_read_only_with_one_condition_is_made_with_it() -> None:
+    b = Build()
+    with b.mode:
+        names = ("w0", "w1", "w2", "w3", "c", "d")
+        *weights, c, d = (b.input(name, torch.empty(4)) for name in names)
+    casts = [b.call("", aten.neg.default, b.call("", aten.exp.default, w)) for w in weights]
+    results = [
+        casts[0],
+        b.call("", aten.mul.Tensor, casts[1], c),
+        b.call("", aten.add.Tensor, b.call("", aten.mul.Tensor, casts[2], c), b.call("", aten.mul.Tensor, casts[2], d)),
+        b.call("", aten.mul.Tensor, casts[3], b.call("", aten.mul.Tensor, c, d)),
+    ]
+    b.graph.output(tuple(results))
+    prologue = Piece(GraphModule(torch.nn.Module(), b.graph), ("x", *names), tuple(n.name for n in results))
+    kept, rest = cut_shared(prologue, names[:4], ("c", "d"))
+    assert kept.inputs == ("w0", "w2", "w3"), "w1 is read with c alone"
+    with_c, rest = cut_shared(rest, {*names[:4], *kept.outputs, "c"})
+    with_d, rest = cut_shared(rest, {*names[:4], *kept.outputs, "d"})
+    assert [sorted(set(p.inputs) & set(names)) for p in (with_c, with_d)] == [["c", "w1"], ["d"]]
+    values = torch.randn(7, 4)
+    env = dict(zip(("x", *names), values, strict=True))
+    for piece in (kept, with_c, with_d, rest):
+        env.update(zip(piece.outputs, piece.graph(*(env[name] for name in piece.inputs)), strict=True))
+    for name, want in zip(prologue.outputs, prologue.graph(*values), strict=True):
+        assert torch.equal(env[name], want)
+
+
+def test_lists_and_their_items_are_made_together() -> None:
+    b = Build()
+    with b.mode:
+        w, c = b.input("w", torch.empty(4)), b.input("c", torch.empty(2))
+    halves = b.call("", aten.split.Tensor, w, 2)
+    first, second = (b.call("", operator.getitem, halves, i) for i in range(2))
+    results = [b.call("", aten.mul.Tensor, first, c), second]
+    b.graph.output(tuple(results))
+    prologue = Piece(GraphModule(torch.nn.Module(), b.graph), ("x", "w", "c"), tuple(n.name for n in results))
+    kept, rest = cut_shared(prologue, ("w",), ("c",))
+    assert kept.inputs == ("w",) and rest.inputs == (kept.outputs[0], "c", kept.outputs[1])
 
 
 # keys

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,7 +16,7 @@ from torch._dynamo.utils import counters as compile_counters
 from torch.fx import Graph, GraphModule
 
 from toprovar_compile import dispatch
-from toprovar_compile.dispatch import StepState, Unit, covers, open_dimensions, state_of
+from toprovar_compile.dispatch import StepProgram, StepState, Unit, covers, open_dimensions, state_of
 from toprovar_compile.errors import PlanError, UnsupportedGraphError
 from toprovar_compile.inductor import Compiled
 from toprovar_compile.models.var import VAR
@@ -361,6 +363,53 @@ def test_state_lives_as_long_as_its_session(make_var: Callable[..., VAR]) -> Non
     with generation(model.schedule, model.fingerprint):
         assert state_of(None, 3) is not state
     assert state_of(None, 3) is not state_of(None, 3), "without a session, of one step"
+
+
+def test_casts_of_weights_that_a_condition_alone_reads_are_not_kept(
+    make_var: Callable[..., VAR], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make_var(shared_aln=False)
+    modulation = {block.ada_lin[1].weight.shape for block in model.blocks}  # type: ignore[index, union-attr]
+    kept: list[torch.Size] = []
+    run = StepProgram._run_prologue
+
+    def watched(self: StepProgram, env: dict[str, Any], state: StepState) -> None:
+        run(self, env, state)
+        kept.extend(out.shape for part in state.prologues.values() for out in part.outputs)
+
+    monkeypatch.setattr(StepProgram, "_run_prologue", watched)
+    fast = torch.compile(model, backend="toprovar", options={"plan": "dense", "inner": "eager"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        images = fast(torch.tensor([1]), seed=0)
+        torch.testing.assert_close(images, model(torch.tensor([1]), seed=0), atol=0.1, rtol=0)
+    assert model.blocks[0].attn.mat_qkv.weight.shape in kept  # type: ignore[union-attr]
+    assert modulation.isdisjoint(kept) and modulation.isdisjoint(shape[::-1] for shape in kept)
+
+
+def test_nothing_of_a_generation_waits_for_the_garbage_collector(
+    make_var: Callable[..., VAR], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    labels = torch.tensor([1, 2])
+    states: list[weakref.ref[StepState]] = []
+    begin = StepState.__init__
+
+    def watched(self: StepState, *args: Any) -> None:
+        begin(self, *args)
+        states.append(weakref.ref(self))
+
+    monkeypatch.setattr(StepState, "__init__", watched)
+    model = make_var()
+    plan = Plan.keep_share(model.schedule, 3, 0.5, 3, bucket=1)
+    fast = torch.compile(model, backend="toprovar", options={"plan": plan, "inner": "eager"})
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # casts of all weights are part of the state
+        fast(labels, seed=0)  # compiling leaves references of its own
+        gc.disable()
+        try:
+            fast(labels, seed=0)
+            assert len(states) == 2
+            assert states[-1]() is None
+        finally:
+            gc.enable()
 
 
 def test_saved_state_comes_back() -> None:

@@ -50,6 +50,14 @@ def test_on_close_runs_outside_the_session() -> None:
     assert seen == [None]
 
 
+def test_what_was_stored_is_freed_at_the_end() -> None:
+    with generation(SCHEDULE, lambda: "0123") as session:
+        session.store["session"] = session  # as steps refer back to it
+        session.on_close.append(lambda: session.store["session"].store.update(last=1))
+    assert session.store == {}
+    assert session.on_close == []
+
+
 def test_scales() -> None:
     session = _open()
     assert [(s, session.scale) for s in session.scales()] == [(0, 0), (1, 1), (2, 2)]

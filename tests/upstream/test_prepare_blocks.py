@@ -45,7 +45,13 @@ def official() -> Iterator[SimpleNamespace]:
         vae = importlib.import_module("models.vq_llama").VQ_models["VQ-16"](codebook_size=640, codebook_embed_dim=32)
         vae.Cvae, vae.vocab_size = 32, 640
         model = module.FlexVAR(
-            vae_local=vae.eval(), num_classes=10, depth=3, embed_dim=64, num_heads=2, attn_l2_norm=True
+            vae_local=vae.eval(),
+            num_classes=10,
+            depth=3,
+            embed_dim=64,
+            num_heads=2,
+            attn_l2_norm=True,
+            drop_path_rate=0.1,  # the first block has no drop-path: an Identity in its place
         )
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():

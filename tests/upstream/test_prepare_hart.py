@@ -13,6 +13,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -113,8 +114,8 @@ def generate(model: Any, batch: int = 2, **options: Any) -> Tensor:
     """Prompts of different lengths. The diffusion head and the order of masks draw from the global generators."""
     torch.manual_seed(5)
     np.random.seed(5)
-    text = torch.randn(2, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(1))[:batch]
-    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])[:batch].bool()
+    text = torch.randn(3, CONTEXT, WIDTH, generator=torch.Generator().manual_seed(1))[:batch]
+    mask = torch.tensor([[1, 1, 1, 0, 0], [1, 1, 1, 1, 1], [1, 0, 0, 0, 0]])[:batch].bool()
     images: Tensor = model.autoregressive_infer_cfg(
         B=batch, label_B=text, cfg=3.0, g_seed=1, context_position_ids=mask.cumsum(1) - 1, context_mask=mask, **options
     )
@@ -145,7 +146,7 @@ def test_images_are_the_official_ones(make: Make, options: dict[str, Any]) -> No
             inside,
             generate(model, 1, more_smooth=True, top_p=0.9),
             generate(model, num_maskgit_iters=2),
-            generate(model, final_stage=1),
+            generate(model, 3, final_stage=1),
         ]
 
     want = images()
@@ -177,6 +178,18 @@ def test_weights_frames_and_threads(make: Make) -> None:
         thread.start()
         thread.join()
         close(found[0], want[1])
+        model.blocks[1].attn.proj.weight.data.add_(0.05)  # as merging a LoRA does
+        changed = generate(model)
+    close(changed, generate(model))
+    assert (changed - want[1]).abs().max() > 0.01
+
+
+def test_a_dump_shows_the_image(make: Make, tmp_path: Path) -> None:
+    model = make(**LLAMA)
+    with accelerate(model, dump=str(tmp_path)):
+        generate(model)
+    (folder,) = tmp_path.iterdir()
+    assert 'aria-label="the generated image"' in (folder / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_plan_changes_only_what_it_prunes(make: Make) -> None:
@@ -197,9 +210,10 @@ def test_a_plan_changes_only_what_it_prunes(make: Make) -> None:
             assert not torch.equal(generate(model), want)
 
 
-def test_half_precision_under_autocast(make: Make) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_under_autocast(make: Make, dtype: torch.dtype) -> None:
     model = make(**LLAMA)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         want = generate(model)
         with accelerate(model):
             got = generate(model)

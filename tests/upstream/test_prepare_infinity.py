@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters as dynamo
 
 import toprovar_compile as tv
@@ -22,7 +23,7 @@ from toprovar_compile.bench import infinity_official
 from toprovar_compile.errors import OptionError, UnsupportedModelError
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig
-from toprovar_compile.models.infinity_schedule import infinity_schedule
+from toprovar_compile.models.infinity_schedule import GRIDS, infinity_schedule
 from toprovar_compile.plan import Plan
 
 ROOT = os.environ.get("TOPROVAR_INFINITY_SOURCE", "")
@@ -134,11 +135,58 @@ def test_images_are_the_official_ones(make: Make, cfg: InfinityConfig) -> None:
         lambda: generate(official, (9,), schedule=OTHER, negative_label_B_or_BLT=texts(12, seed=4)),
         lambda: generate(official, (30,), gt_leak=3, gt_ls_Bl=bits),
     ]
+
+    def in_inference_mode() -> Tensor:
+        with torch.inference_mode():
+            return generate(official, (3, 4, 5)).clone()
+
+    calls.append(in_inference_mode)
     with torch.compiler.set_stance("force_eager"):
         want = [call() for call in calls]
     with accelerate(official):
         for call, images in zip(calls, want, strict=True):
             close(call(), images)
+        assert all(block.sa.cached_k is None for block in official.model.unregistered_blocks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("size", ["0.06M", "0.25M", "1M"])
+def test_every_ratio_and_size(make: Make, size: str) -> None:
+    official = make()
+    schedules = [infinity_schedule(ratio, size) for ratio in (GRIDS if size == "0.06M" else (1.0,))]
+    with torch.compiler.set_stance("force_eager"):
+        want = [generate(official, (8,), schedule=schedule) for schedule in schedules]
+    with accelerate(official):
+        for schedule, images in zip(schedules, want, strict=True):
+            close(generate(official, (8,), schedule=schedule), images)
+
+
+def test_temperatures_of_flash_checkpoints(make: Make) -> None:
+    """They are (1, 1, H, 1) in the place of (1, H, 1, 1)."""
+    official = make()
+    with torch.compiler.set_stance("force_eager"):
+        want = generate(official, (8,))
+    for block in official.model.unregistered_blocks:
+        block.sa.scale_mul_1H11 = nn.Parameter(block.sa.scale_mul_1H11.view(1, 1, -1, 1), requires_grad=False)
+    with accelerate(official):
+        close(generate(official, (8,)), want)
+
+
+def test_teacher_forcing_is_left_alone(make: Make) -> None:
+    official = make()
+    count = SCHEDULE.total - 1
+    inputs = torch.randn(2, count, TINY.bits, generator=torch.Generator().manual_seed(0))
+
+    def logits() -> Tensor:
+        random.seed(0)  # prompts are dropped at random, in evaluation too
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            out: Tensor = official.model(texts(7, 19), inputs, [(1, h, w) for h, w in SCHEDULE.grids])
+        return out
+
+    want = logits()
+    with accelerate(official):
+        generate(official)
+        assert torch.equal(logits(), want)
 
 
 def test_weights_frames_and_threads(make: Make) -> None:
@@ -166,6 +214,12 @@ def test_weights_frames_and_threads(make: Make) -> None:
         thread.start()
         thread.join()
         close(found[0], want[1])
+        blocks = official.model.unregistered_blocks
+        blocks[1].sa.proj.weight.data.add_(0.05)  # as merging a LoRA does
+        changed = generate(official, (8,))
+    with torch.compiler.set_stance("force_eager"):
+        close(changed, generate(official, (8,)))
+    assert not torch.equal(changed, want[1])
 
 
 def test_a_plan_changes_only_what_it_prunes(make: Make) -> None:
@@ -181,15 +235,16 @@ def test_a_plan_changes_only_what_it_prunes(make: Make) -> None:
     assert 0.1 < changed < 60
 
 
-def test_half_precision_under_autocast(make: Make) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_under_autocast(make: Make, dtype: torch.dtype) -> None:
     official = make()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=dtype):
         with torch.compiler.set_stance("force_eager"):
             want = generate(official, (8,), top_k=1)
         with accelerate(official):
             got = generate(official, (8,), top_k=1)
             for block in official.model.unregistered_blocks:
-                block.bfloat16()  # as the official scripts do with --bf16 1
+                block.to(dtype)  # as the official scripts do with --bf16 1
             generate(official, (8,), top_k=1)
     assert (got.int() - want.int()).abs().float().mean() < 20  # bits flip where two logits are close in bfloat16
 

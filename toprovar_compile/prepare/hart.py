@@ -221,7 +221,8 @@ class PreparedHART(nn.Module):
                     tokens = self._fill(tokens, chosen, logits, hidden, image, final_stage)
                 side = model.patch_nums[-1]
                 f_hat = (f_hat + tokens.transpose(1, 2).reshape(B, model.Cvae, side, side)).to(f_hat.dtype)
-            return self._decode(f_hat)
+            images: Tensor = session.finished(self._decode(f_hat))
+            return images
 
     # what surrounds a step
 
