@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from toprovar_compile.dump.reasons import describe, why
+from toprovar_compile.dump.reasons import decided_by, describe, why
 from toprovar_compile.dump.record import Generation, Recorder, Stage, graph_text, stage_of
 from toprovar_compile.inductor import cache_factors, generated_code
 from toprovar_compile.passes import (
@@ -242,9 +242,14 @@ def machine() -> dict[str, str]:
 
 
 def plan_facts(plan: Plan, generation: Generation | None) -> dict[str, Any]:
-    """The plan as cells with reasons; where the generation that was watched ran otherwise, what it ran."""
+    """The plan as cells with reasons; where the generation that was watched ran otherwise, what it ran.
+
+    `maps` of a cell are the scales whose maps of that layer show what was decided, if that generation followed the
+    plan.
+    """
     ran = {}
-    if generation is not None and generation.plan is not None and generation.plan.digest() == plan.digest():
+    watched = generation is not None and generation.plan is not None and generation.plan.digest() == plan.digest()
+    if generation is not None and watched:
         ran = {(p.scale, p.what): p.action for p in generation.parts if isinstance(p.what, int)}
     scales = []
     for s, scale in enumerate(plan.scales):
@@ -257,7 +262,9 @@ def plan_facts(plan: Plan, generation: Generation | None) -> dict[str, Any]:
                 did = ran.get((s, layer), str(action))
                 text = {"dense": "", "skip": "0", "prune": str(action.keep)}[action.kind]
                 cell = {"kind": action.kind, "text": text, "ran": did if did != str(action) else ""}
-            cells.append(cell | {"why": why(plan, s, layer)})
+            by = decided_by(plan, s, layer)
+            maps = [s] if watched and by is None else [by, s] if watched else []
+            cells.append(cell | {"why": why(plan, s, layer), "maps": maps})
         h, w = plan.schedule.grids[s]
         scales.append(
             {

@@ -8,7 +8,7 @@ import io
 import json
 import re
 import runpy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,41 +18,11 @@ from PIL import Image
 from torch import Tensor
 from torch.fx import symbolic_trace
 
-from toprovar_compile import dispatch
 from toprovar_compile.dump import Dump, record
 from toprovar_compile.dump.facts import kernels_of
 from toprovar_compile.errors import OptionError
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
-from toprovar_compile.report import counters
-
-LABELS = torch.tensor([1, 7])
-
-
-@pytest.fixture(scope="module")
-def made(
-    make_var: Callable[..., VAR], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Plan, Tensor, Tensor]]:
-    """The folder of three generations, their plan, and images with and without a dump."""
-    torch._dynamo.reset()
-    dispatch.reset()
-    counters.reset()
-    directory = tmp_path_factory.mktemp("dump")
-    model = make_var(depth=2)
-    plan = Plan.keep_share(model.schedule, 2, 0.5, 3, layers=[1], bucket=2)
-    dumped = torch.compile(model, backend="toprovar", options={"plan": plan, "inner": "eager", "dump": str(directory)})
-    for _ in range(3):
-        image = dumped(LABELS, seed=0)
-    plain = torch.compile(model, backend="toprovar", options={"plan": plan, "inner": "eager"})(LABELS, seed=0)
-    (folder,) = directory.iterdir()
-    yield folder, plan, image, plain
-    torch._dynamo.reset()
-    dispatch.reset()
-
-
-@pytest.fixture(scope="module")
-def folder(made: tuple[Path, Plan, Tensor, Tensor]) -> Path:
-    return made[0]
 
 
 @pytest.fixture(scope="module")
