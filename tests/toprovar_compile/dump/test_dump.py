@@ -6,8 +6,11 @@ import ast
 import base64
 import io
 import json
+import os
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -176,6 +179,40 @@ def test_structured_logs(make_var: Callable[..., VAR], tmp_path: Path, monkeypat
     dump = Dump.open(None)
     dump.graph("functional", symbolic_trace(torch.nn.ReLU()))
     assert dump.on and names == ["functional"]
+
+
+@pytest.mark.slow
+def test_logs_of_a_process(tmp_path: Path) -> None:
+    """As tlparse and a reader of messages get them; both are set up when torch is imported."""
+    code = (
+        "import torch\nfrom toprovar_compile.models.var import VAR, VARConfig\n"
+        "from toprovar_compile.models.vqvae import VQVAEConfig\nfrom toprovar_compile.plan import Plan\n"
+        "vae = VQVAEConfig(64, 8, 32, (1, 2), num_res_blocks=1, patch_nums=(1, 2))\n"
+        "model = VAR(VARConfig(2, 32, 2, num_classes=10, shared_aln=True, vae=vae)).eval().requires_grad_(False)\n"
+        "plan = Plan.dense(model.schedule, 2)\n"
+        "torch.compile(model, backend='toprovar', options={'inner': 'eager', 'plan': plan})(torch.tensor([1]), seed=0)"
+    )
+    logs = {"TORCH_TRACE": str(tmp_path), "TORCH_LOGS": "+toprovar_compile", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **logs}, check=True, timeout=200, capture_output=True, text=True)
+    assert re.search(r"rewrite_attention: 2 rewritten, in [\d.]+ ms", done.stderr), "passes are logged as they run"
+    assert "compiled dense in" in done.stderr
+    (trace,) = tmp_path.glob("*.log")
+    lines = trace.read_text().splitlines()
+    entries = [json.loads(line[line.index("{") :]) for line in lines if '"artifact": {' in line]
+    names = {entry["artifact"]["name"] for entry in entries}
+    wanted = {
+        "captured",
+        "repro",
+        "rewrite_attention",
+        "rewrite_attention.diff",
+        "functional",
+        "prologue",
+        "graph_report",
+    }
+    assert {f"toprovar_{name}" for name in wanted} <= names
+    assert any(name.startswith("toprovar_plan_") for name in names)
+    assert any("torch.ops.toprovar.fae.default(" in line for line in lines), "texts are in the log"
 
 
 def test_kernels_of_generated_code() -> None:
