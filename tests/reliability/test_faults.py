@@ -1,7 +1,7 @@
 """Faults around the compiler: each ends in a right image or a typed error, and the next call works.
 
 Damaged plan and measurement files, a missing Triton, a missing C++ compiler at one operator and an exception in
-mid-generation have their tests beside the modules concerned.
+mid-generation have their tests beside the modules concerned; many images in a row are in test_many_images.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_cache
 
-from toprovar_compile import files
+from toprovar_compile import dispatch, files
 from toprovar_compile.cuda_graph import Lane, Scale, lanes
 from toprovar_compile.errors import OptionError, PlanError
 from toprovar_compile.kernels import fae, fae_cpu, fae_reference
@@ -323,8 +323,6 @@ def test_keyboard_interrupt_in_mid_generation(
 def test_keyboard_interrupt_while_a_layer_runs(
     fast: Callable[..., Tensor], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toprovar_compile import dispatch
-
     run, calls = dispatch.Unit.run, []
 
     def stop_at_the_ninth(*args: Any) -> Any:
@@ -341,8 +339,6 @@ def test_keyboard_interrupt_while_a_layer_runs(
 
 
 def test_stopped_while_a_variant_is_compiled(model: VAR, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toprovar_compile import dispatch
-
     torch.compiler.reset()
     dispatch.reset()
     original = dispatch.compile_graph
@@ -410,6 +406,27 @@ def test_threads_of_which_one_fails(fast: Callable[..., Tensor], images: Tensor)
     for got in found:
         torch.testing.assert_close(got, images, **TOLERANCE)
     works(fast, images)
+
+
+def test_threads_that_compile_at_once(model: VAR, images: Tensor) -> None:
+    torch.compiler.reset()
+    dispatch.reset()
+    compiled: Any = compile_steps(model, {"inner": "eager"})
+    start, found = threading.Barrier(2), []
+
+    def work() -> None:
+        start.wait()
+        found.append(compiled(LABELS, seed=3))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    for got in found:
+        torch.testing.assert_close(got, images, **TOLERANCE)
+    works(compiled, images)
 
 
 # graphs of a device
