@@ -160,6 +160,16 @@ def test_the_trace(folder: Path) -> None:
     assert all(e["dur"] >= 0 for e in events if e["ph"] == "X")
 
 
+def test_time_beside_its_prediction(folder: Path, made: tuple[Path, Plan, Tensor, Tensor]) -> None:
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    table = text[text.index("<th>predicted</th>") :].partition("</table>")[0]
+    shares = re.findall(r'<td class="number">([\d.]+)%</td><td class="number">([\d.]+)%</td>', table)
+    plan = made[1]
+    computed = [n * share for n, share in zip(plan.schedule.tokens, plan.token_share(), strict=True)]
+    assert [predicted for _, predicted in shares] == [f"{100 * n / sum(computed):.1f}" for n in computed]
+    assert sum(float(measured) for measured, _ in shares) == pytest.approx(100, abs=0.5)
+
+
 def test_pages_are_written_ever_more_rarely(folder: Path) -> None:
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert "Generation 2," in text, "after the first, second, fourth generation"
