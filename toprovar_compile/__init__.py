@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from toprovar_compile import errors, models
-    from toprovar_compile.bisecting import bisect_passes
+    from toprovar_compile.bisecting import bisect_passes, minify
     from toprovar_compile.explaining import diff, explain
     from toprovar_compile.plan import Plan
     from toprovar_compile.prepare import accelerate, accelerate_blocks, prepare, shims
@@ -28,6 +28,7 @@ __all__ = [
     "diff",
     "errors",
     "explain",
+    "minify",
     "models",
     "prepare",
     "shims",
@@ -42,6 +43,7 @@ _NAMES = {
     "bisect_passes": "toprovar_compile.bisecting",
     "diff": "toprovar_compile.explaining",
     "explain": "toprovar_compile.explaining",
+    "minify": "toprovar_compile.bisecting",
     "shims": "toprovar_compile.prepare",
 }
 

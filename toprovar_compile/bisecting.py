@@ -1,13 +1,18 @@
-"""Find the stage of the compiler that makes a result wrong."""
+"""Find what makes a result wrong: the stage of the compiler, and the smallest part of a graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule
 
+from toprovar_compile.errors import OptionError
 from toprovar_compile.options import Options
 from toprovar_compile.passes import DYNAMO_PASSES, PASSES_OF_A_VARIANT
 from toprovar_compile.passes._base import switched_off
@@ -68,6 +73,99 @@ def bisect_passes(fn: Callable[[], Any], check: Callable[[Any], bool]) -> Bisect
     return Bisection(found, tuple((names[count], result) for count, result in tried.items()))
 
 
+@dataclass(frozen=True)
+class Minified:
+    """The smallest graph that was found to fail, and its inputs. `str()` is a script that runs it alone."""
+
+    graph: GraphModule
+    inputs: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        from toprovar_compile.dump.repro import repro_text
+
+        return repro_text(self.graph, self.inputs, "inductor")
+
+
+def minify(
+    module: nn.Module, inputs: Sequence[Any], fails: Callable[[nn.Module, Sequence[Any]], bool] | None = None
+) -> Minified:
+    """Cut the graph of `module` down to a small part with which `fails(part, its inputs)` still holds.
+
+    Parts are made by functorch's minifier: ends are cut off, and operators replaced by inputs of the value they had.
+    Without `fails` it is `differs`. A part for which `fails` raises is left alone. Raises OptionError where the whole
+    graph does not fail.
+    """
+    from functorch.compile import minifier
+
+    wrong = differs if fails is None else fails
+    graph, given = _captured(module, inputs)
+    if not wrong(graph, given):
+        raise OptionError("the graph does not fail", where="minify", expected="fails(module, inputs) to be True")
+
+    def part_fails(part: GraphModule, values: Sequence[Any]) -> bool:
+        try:
+            return bool(wrong(part, values))
+        except Exception:
+            return False
+
+    with redirect_stderr(io.StringIO()):  # its progress
+        small, values = minifier(graph, given, part_fails, dump_state=lambda *_: None, skip_sanity=True)
+    small.recompile()
+    return Minified(small, tuple(values))
+
+
+def differs(module: nn.Module, inputs: Sequence[Any], inner: str = "inductor", tolerance: float = 1e-3) -> bool:
+    """Whether compiling `module`, unpruned, raises or gives other numbers than running it.
+
+    Numbers may be off by `tolerance` of the largest one. What was compiled so far is forgotten.
+    """
+    from toprovar_compile.backend import toprovar
+
+    expected = module(*inputs)
+    _forget()
+    try:
+        compiled: Any = torch.compile(module, backend=toprovar, options={"plan": "dense", "inner": inner})
+        found = compiled(*inputs)
+    except Exception:
+        return True
+    finally:
+        _forget()
+    pairs = zip(_tensors(expected), _tensors(found), strict=True)
+    return any(_off(a, b) > tolerance for a, b in pairs)
+
+
+def _off(expected: Tensor, found: Tensor) -> float:
+    """The largest difference in parts of the largest number; infinite where only one of both is finite."""
+    a, b = expected.detach().double(), found.detach().double()
+    if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
+        return float("inf")
+    a, b = a.nan_to_num(), b.nan_to_num()
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-9)) if a.numel() else 0.0
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    values = value if isinstance(value, list | tuple) else [value]
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+def _captured(module: nn.Module, inputs: Sequence[Any]) -> tuple[GraphModule, list[Any]]:
+    """The graph that Dynamo hands to a backend, parameters being inputs, and the inputs of this call."""
+    found: list[tuple[GraphModule, list[Any]]] = []
+
+    def backend(gm: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            found.append((gm, list(args)))
+            return gm(*args)
+
+        return run
+
+    _forget()
+    torch.compile(module, backend=backend, fullgraph=True)(*inputs)
+    _forget()
+    ((gm, args),) = found
+    return gm, args
+
+
 def limited(options: Options) -> Options:
     """The options without the stages that are switched off."""
     off = switched_off.get()
@@ -81,10 +179,7 @@ def limited(options: Options) -> Options:
 
 
 def _passes(fn: Callable[[], Any], check: Callable[[Any], bool], off: frozenset[str]) -> bool:
-    from toprovar_compile.dispatch import reset
-
-    torch.compiler.reset()
-    reset()
+    _forget()
     token = switched_off.set(off)
     try:
         return bool(check(fn()))
@@ -92,5 +187,11 @@ def _passes(fn: Callable[[], Any], check: Callable[[Any], bool], off: frozenset[
         return False
     finally:
         switched_off.reset(token)
-        torch.compiler.reset()
-        reset()
+        _forget()
+
+
+def _forget() -> None:
+    from toprovar_compile.dispatch import reset
+
+    torch.compiler.reset()
+    reset()

@@ -498,6 +498,7 @@ class StepProgram:
         actions = [plan.action(s, i) for i in range(len(self.layers))]
         for i, (action, bound) in enumerate(zip(actions, self.layers, strict=True)):
             refused = bound.cls.proof.reason if action.kind == "prune" else bound.cls.unskippable
+            refused = refused or _unknown(plan, action, state.layers[i])
             if action.kind != "dense" and refused:
                 counters.add("fallback", f"{bound.name} runs dense instead of {action}: {refused}")
                 actions[i] = DENSE
@@ -613,6 +614,15 @@ class StepProgram:
                     buffer[:, :, :length].copy_(cache)
                     counters.add("cache_copied", "the step was given a key/value cache that it had not returned")
             layer.lengths[j] = length
+
+
+def _unknown(plan: Plan, action: LayerAction, layer: LayerState) -> str:
+    """What an action needs of an earlier scale that did not run by the plan; empty if it is there."""
+    if action.kind == "prune" and plan.score == "entropy" and layer.entropy is None:
+        return "its entropy was not measured, as an earlier scale did not run by the plan"
+    if action.kind != "dense" and plan.restore == "cached" and layer.delta is None:
+        return "nothing was kept to restore tokens with, as an earlier scale did not run by the plan"
+    return ""
 
 
 def _like(value: Any) -> tuple[tuple[int, int], torch.dtype]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -154,9 +155,17 @@ def _symbol(
 
 
 def _explain_failure(error: BaseException) -> None:
-    """Raise MissingCompilerError when the failure is a missing C++ compiler."""
+    """Raise MissingCompilerError for a missing C++ compiler, OptionError for a cache that cannot be written."""
     cause: BaseException | None = error
+    cache = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "")  # PyTorch sets it where the user does not
     while cause is not None:
+        if isinstance(cause, OSError) and cache and str(cause.filename).startswith(cache):
+            raise OptionError(
+                f"generated code cannot be written: {cause.strerror}",
+                where=str(cause.filename),
+                expected="a directory that can be written",
+                todo="set TORCHINDUCTOR_CACHE_DIR to one, or use options={'inner': 'eager'}",
+            ) from error
         if type(cause).__name__ in ("InvalidCxxCompiler", "CppCompileError") or "No working C++ compiler" in str(cause):
             raise MissingCompilerError(
                 f"code generation failed: {str(cause).strip().splitlines()[0]}",

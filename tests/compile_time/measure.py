@@ -1,7 +1,8 @@
 """What compiling costs, counted: graphs, variants, nodes, kernels and recompiles of each model of the table.
 
-A model generates an image of each batch size, which compiles, then another of each batch size and prompt length. The
-shipped model does so with one batch size, and its layers alone go through Inductor: the rest would take minutes.
+A model generates an image of each batch size, which compiles, then two more of each batch size, prompt length and
+aspect ratio. The shipped model does so with one batch size, and only layers go through Inductor: the rest would take
+minutes.
 
 Counts, not seconds, so that they are the same on every machine. `Row.margin` is how far a count may go either way: 0
 where this repository alone decides it, more where PyTorch's own lowering takes part.
@@ -9,6 +10,7 @@ where this repository alone decides it, more where PyTorch's own lowering takes 
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters as dynamo
 from torch._inductor.utils import run_and_get_code
 from torch.fx import GraphModule
@@ -27,10 +29,13 @@ from toprovar_compile import backend, dispatch, models
 from toprovar_compile.inductor import compile_graph
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig
+from toprovar_compile.models.infinity_schedule import infinity_schedule
 from toprovar_compile.plan import Plan
+from toprovar_compile.prepare import hart
 from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
+from toprovar_compile.session import generation
 
 TABLE = Path(__file__).with_name("expected.json")
 TINY = InfinityConfig(
@@ -38,6 +43,7 @@ TINY = InfinityConfig(
     vae=BSQVAEConfig(8, 32, (1, 2), 1),
 )  # fmt: skip
 PROMPTS = (5, 30, 48)  # tokens of the text
+RATIOS = ("1:1", "4:3", "9:16", "3:1")
 # Lowering of one operator may change with PyTorch; a pass that no longer matches changes more.
 MARGIN_OF_KERNELS = 2
 
@@ -52,8 +58,8 @@ class Row:
     margin: int = 0
 
 
-Generate = Callable[[int, int, int], object]
-"""(batch, prompt length, seed) -> images."""
+Generate = Callable[[int, int, str, int], object]
+"""(batch, prompt length, aspect ratio, seed) -> images."""
 
 
 def emoji_var() -> Iterator[Row]:
@@ -61,34 +67,112 @@ def emoji_var() -> Iterator[Row]:
     model = models.load("emoji-var")
     fast: Any = compile_steps(model, {"inner": "eager"})
 
-    def generate(batch: int, _: int, seed: int) -> Tensor:
+    def generate(batch: int, _: int, __: str, seed: int) -> Tensor:
         images: Tensor = fast(torch.arange(1, batch + 1), seed=seed)
         return images
 
     calls: dict[str, tuple[Any, ...]] = {}
-    yield from _rows("emoji-var", generate, (1,), (0,), calls)
+    yield from _rows("emoji-var", generate, calls, batches=(1,))
     yield from _kernels("emoji-var", calls)
 
 
 def infinity() -> Iterator[Row]:
-    """A small Infinity: text in a buffer, several of its lengths."""
+    """A small Infinity: text in a buffer, several of its lengths, grids of several ratios, each with its plan."""
     model = Infinity.random(TINY, dtype=torch.float32, seed=1)
-    model.schedule = ScaleSchedule.from_patch_nums((1, 2, 3, 4, 6))
-    plan = Plan.keep_share(model.schedule, TINY.depth, 0.5, 3, bucket=2)
-    options = {"inner": "eager", "plan": plan}
-    fast: Any = compile_steps(model, options)
+    schedules = {ratio: infinity_schedule(ratio, "0.06M") for ratio in RATIOS}
+    plans = {ratio: Plan.keep_share(s, TINY.depth, 0.5, 5, bucket=2) for ratio, s in schedules.items()}
+    fast: Any = compile_steps(model, {"inner": "eager"})
 
-    def generate(batch: int, prompt: int, seed: int) -> Tensor:
+    def generate(batch: int, prompt: int, ratio: str, seed: int) -> Tensor:
         generator = torch.Generator().manual_seed(seed)
         texts = [torch.randn(prompt - i, TINY.text_channels, generator=generator) for i in range(batch)]
-        images: Tensor = fast(texts, seed=seed)
+        model.plan = plans[ratio]
+        images: Tensor = fast(texts, seed=seed, schedule=schedules[ratio])
         return images
 
-    yield from _rows("infinity, small", generate, (1, 2), PROMPTS, {})
+    yield from _rows("infinity, small", generate, {}, batches=(1, 2), prompts=PROMPTS, ratios=RATIOS)
+
+
+class HartLike(nn.Module):
+    """The step of an official HART over stand-ins of its modules: text tokens first, rotary positions, Llama's blocks.
+
+    Rows are the prompts, then as many without one; inputs of the scales are random numbers.
+    """
+
+    prefix, width, heads, sides = 7, 32, 2, (2, 3, 4, 6)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(hart.Layer(self._block()) for _ in range(3))
+        self.head_nm = nn.Module()
+        self.head_nm.ada_lin, self.head_nm.ln_wo_grad = nn.Linear(self.width, 2 * self.width), nn.Identity()
+        self.head = nn.Linear(self.width, 16)
+        self.schedule = ScaleSchedule.from_patch_nums(self.sides)
+
+    step = hart.PreparedHART.step
+
+    def _block(self) -> nn.Module:
+        block, attn, c = nn.Module(), nn.Module(), self.width
+        attn.qkv_proj, attn.proj = nn.Linear(c, 3 * c, bias=False), nn.Linear(c, c)
+        attn.q_bias, attn.v_bias = nn.Parameter(torch.zeros(c)), nn.Parameter(torch.zeros(c))
+        attn.register_buffer("zero_k_bias", torch.zeros(c))
+        sizes = {"num_heads": self.heads, "head_dim": c // self.heads, "scale": (c // self.heads) ** -0.5}
+        for name, value in (sizes | {"attn_l2_norm": False}).items():
+            setattr(attn, name, value)
+        block.attn, block.ffn, block.ln_wo_grad = attn, _Gated(c), nn.Module()
+        block.ln_wo_grad.weight, block.ln_wo_grad.variance_epsilon = nn.Parameter(torch.ones(c)), 1e-6
+        block.disable_aln, block.shared_aln = True, True
+        block.scale_shift_table = nn.Parameter(torch.randn(6, c) / c**0.5)
+        return block
+
+    @torch.compiler.disable(recursive=False)
+    def forward(self, batch: int, seed: int) -> Tensor:
+        rng = torch.Generator().manual_seed(seed)
+        condition = torch.randn(2 * batch, 1, self.width, generator=rng)
+        text = torch.randn(2 * batch, 1, self.width, generator=rng)
+        keys: list[Tensor] = []
+        values: list[Tensor] = []
+        with generation(self.schedule, lambda: "hart-like", None, self.prefix) as session:
+            for s in itertools.chain([-1], session.scales()):
+                tokens = self.schedule.tokens[s] if s >= 0 else self.prefix
+                x = torch.randn(2 * batch, tokens, self.width, generator=rng)
+                angles = torch.randn(2 * batch, 1, tokens, self.width // self.heads, generator=rng)
+                logits, _, keys, values = self.step(x, condition, text, angles.cos(), angles.sin(), keys, values)
+        return logits
+
+
+class _Gated(nn.Module):
+    """Llama's MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(width, 2 * width), nn.Linear(width, 2 * width)
+        self.down = nn.Linear(2 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+        return out
+
+
+def hart_like() -> Iterator[Row]:
+    """A small HART: a text step that fills the caches before the first scale."""
+    torch.manual_seed(0)
+    model = HartLike().eval().requires_grad_(False)
+    plan = Plan.keep_share(model.schedule, len(model.layers), 0.5, 2, bucket=2)
+    fast: Any = compile_steps(model, {"inner": "eager", "plan": plan})
+    calls: dict[str, tuple[Any, ...]] = {}
+    yield from _rows("hart-like", lambda batch, _, __, seed: fast(batch, seed), calls, batches=(1, 2))
+    yield from _kernels("hart-like", calls)
 
 
 def _rows(
-    name: str, generate: Generate, batches: Sequence[int], prompts: Sequence[int], calls: dict[str, tuple[Any, ...]]
+    name: str,
+    generate: Generate,
+    calls: dict[str, tuple[Any, ...]],
+    *,
+    batches: Sequence[int],
+    prompts: Sequence[int] = (0,),
+    ratios: Sequence[str] = ("1:1",),
 ) -> Iterator[Row]:
     torch.compiler.reset()
     dispatch.reset()
@@ -96,7 +180,7 @@ def _rows(
     dynamo.clear()
     sizes: dict[str, int] = {}
     with torch.no_grad(), _counting(sizes, calls):
-        generate(batches[0], prompts[0], 0)
+        generate(batches[0], prompts[0], ratios[0], 0)
         first = _frames()
         yield Row(name, "Dynamo frames", first)
         yield Row(name, "unique layer classes", len(dispatch._classes))
@@ -104,13 +188,14 @@ def _rows(
         for metric, nodes in sizes.items():
             yield Row(name, metric, nodes)
         for batch in batches[1:]:
-            generate(batch, prompts[0], 0)
+            generate(batch, prompts[0], ratios[0], 0)
             yield Row(name, "Dynamo frames of a second batch", _frames() - first)
-        frames, variants = _frames(), _variants()
-        for batch in batches:
-            for prompt in prompts:
-                generate(batch, prompt, 1)
-        yield Row(name, "recompiled frames later", _frames() - frames)
+        frames, decoders, variants = _frames(), _plain_graphs(), _variants()
+        for batch, prompt, ratio, seed in itertools.product(batches, prompts, ratios, (1, 2)):
+            generate(batch, prompt, ratio, seed)
+        plain = _plain_graphs() - decoders
+        yield Row(name, "recompiled steps later", _frames() - frames - plain)
+        yield Row(name, "recompiled decoders later", plain)
         yield Row(name, "recompiled variants later", _variants() - variants)
         yield Row(name, "graph breaks", sum(dynamo["graph_break"].values()))
         events = [e for e in counters.snapshot() if not e.startswith(("compiled", "plain_graph"))]
@@ -121,6 +206,10 @@ def _rows(
 
 def _frames() -> int:
     return int(dynamo["stats"]["unique_graphs"])
+
+
+def _plain_graphs() -> int:
+    return sum(count for event, count in counters.snapshot().items() if event.startswith("plain_graph"))
 
 
 def _variants() -> int:
@@ -197,7 +286,7 @@ def _kernels(name: str, calls: Mapping[str, tuple[Any, ...]]) -> Iterator[Row]:
 
 def measure() -> list[Row]:
     """All rows of the table."""
-    return [*emoji_var(), *infinity()]
+    return [*emoji_var(), *infinity(), *hart_like()]
 
 
 def load() -> list[Row]:

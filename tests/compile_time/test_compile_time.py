@@ -27,7 +27,7 @@ def measure() -> Iterator[ModuleType]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["emoji_var", "infinity"])
+@pytest.mark.parametrize("model", ["emoji_var", "infinity", "hart_like"])
 def test_counts_are_those_of_the_table(measure: Any, model: str) -> None:
     found = list(getattr(measure, model)())
     expected = [row for row in measure.load() if row.name == found[0].name]
@@ -55,7 +55,8 @@ def test_differences_are_readable_and_two_sided(measure: Any) -> None:
 
 def test_the_table_is_complete(measure: Any) -> None:
     rows = measure.load()
-    assert {row.name for row in rows} == {"emoji-var", "infinity, small"}
-    for name in ("Dynamo frames", "unique layer classes", "graph breaks", "recompiled frames later"):
-        assert sum(row.metric == name for row in rows) == 2
-    assert all(row.value == 0 for row in rows if row.metric.startswith(("graph breaks", "recompiled")))
+    assert {row.name for row in rows} == {"emoji-var", "infinity, small", "hart-like"}
+    for name in ("Dynamo frames", "unique layer classes", "graph breaks", "recompiled steps later"):
+        assert sum(row.metric == name for row in rows) == 3
+    never = ("graph breaks", "recompiled steps later", "recompiled variants later")
+    assert all(row.value == 0 for row in rows if row.metric in never)

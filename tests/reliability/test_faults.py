@@ -1,7 +1,7 @@
 """Faults around the compiler: each ends in a right image or a typed error, and the next call works.
 
 Damaged plan and measurement files, a missing Triton, a missing C++ compiler at one operator and an exception in
-mid-generation have their tests beside the modules concerned.
+mid-generation have their tests beside the modules concerned; many images in a row are in test_many_images.py.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._inductor.utils import fresh_cache
 
-from toprovar_compile import files
+from toprovar_compile import dispatch, files
 from toprovar_compile.cuda_graph import Lane, Scale, lanes
 from toprovar_compile.errors import OptionError, PlanError
 from toprovar_compile.kernels import fae, fae_cpu, fae_reference
@@ -211,27 +211,52 @@ def test_a_plan_file_of_another_depth_is_a_typed_error(
 # the inner compiler and its cache
 
 
+_COMPILES = (
+    "import torch; from torch import nn; from torch.fx import Graph, GraphModule\n"
+    "from toprovar_compile.inductor import compile_graph\n"
+    "g = Graph(); x = g.placeholder('x'); g.output((g.call_function(torch.ops.aten.exp.default, (x,)),))\n"
+    "run = compile_graph(GraphModule(nn.Module(), g), [torch.ones(8)], [{0: 'n'}], 'inductor').call\n"
+    "assert torch.allclose(run(torch.ones(9))[0], torch.ones(9).exp())"
+)
+_DIES = "import os, signal; os.rename = os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+"""A process that is killed when it puts the first file in its place."""
+
+
+def compiling(cache: Path, first: str = "") -> subprocess.Popen[str]:
+    """A fresh process, as the cache in memory would hide the one on disk, that compiles a graph after code `first`."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([sys.executable, "-c", first + _COMPILES], env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def end_of(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """Exit status and errors of a process."""
+    errors = process.communicate(timeout=200)[1]
+    return process.returncode, errors
+
+
 @needs_compiler
 @pytest.mark.slow
-def test_a_damaged_inductor_cache(tmp_path: Path) -> None:
-    """In a fresh process each, as the cache in memory would hide it."""
-    code = (
-        "import torch; from torch import nn; from torch.fx import Graph, GraphModule\n"
-        "from toprovar_compile.inductor import compile_graph\n"
-        "g = Graph(); x = g.placeholder('x'); g.output((g.call_function(torch.ops.aten.exp.default, (x,)),))\n"
-        "run = compile_graph(GraphModule(nn.Module(), g), [torch.ones(8)], [{0: 'n'}], 'inductor').call\n"
-        "assert torch.allclose(run(torch.ones(9))[0], torch.ones(9).exp())"
-    )
-    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True, timeout=120)
+def test_killed_compiled_twice_at_once_and_damaged(tmp_path: Path) -> None:
+    """One cache of the inner compiler through all of it: each step finds what the one before has left."""
+    assert end_of(compiling(tmp_path, _DIES))[0] == -signal.SIGKILL
+    both = [compiling(tmp_path), compiling(tmp_path)]
+    for status, errors in map(end_of, both):
+        assert status == 0, errors[-2000:]
     written = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert any(path.suffix == ".so" for path in written)
     for path in written:
         path.write_bytes(b"not what was written")
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=env, check=False, timeout=120, capture_output=True, text=True
-    )
-    assert done.returncode == 0 or "toprovar_compile.errors" in done.stderr, done.stderr[-2000:]
+    status, errors = end_of(compiling(tmp_path))
+    assert status == 0 or "toprovar_compile.errors" in errors, errors[-2000:]
+
+
+@needs_compiler
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that nobody can write to")
+def test_an_inductor_cache_that_cannot_be_written_is_a_typed_error() -> None:
+    status, errors = end_of(compiling(Path("/proc")))
+    assert status == 1
+    assert "OptionError: generated code cannot be written" in errors and "set TORCHINDUCTOR_CACHE_DIR" in errors
 
 
 @pytest.mark.slow
@@ -298,8 +323,6 @@ def test_keyboard_interrupt_in_mid_generation(
 def test_keyboard_interrupt_while_a_layer_runs(
     fast: Callable[..., Tensor], images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from toprovar_compile import dispatch
-
     run, calls = dispatch.Unit.run, []
 
     def stop_at_the_ninth(*args: Any) -> Any:
@@ -316,8 +339,6 @@ def test_keyboard_interrupt_while_a_layer_runs(
 
 
 def test_stopped_while_a_variant_is_compiled(model: VAR, images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    from toprovar_compile import dispatch
-
     torch.compiler.reset()
     dispatch.reset()
     original = dispatch.compile_graph
@@ -385,6 +406,27 @@ def test_threads_of_which_one_fails(fast: Callable[..., Tensor], images: Tensor)
     for got in found:
         torch.testing.assert_close(got, images, **TOLERANCE)
     works(fast, images)
+
+
+def test_threads_that_compile_at_once(model: VAR, images: Tensor) -> None:
+    torch.compiler.reset()
+    dispatch.reset()
+    compiled: Any = compile_steps(model, {"inner": "eager"})
+    start, found = threading.Barrier(2), []
+
+    def work() -> None:
+        start.wait()
+        found.append(compiled(LABELS, seed=3))
+
+    threads = [threading.Thread(target=work) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 2
+    for got in found:
+        torch.testing.assert_close(got, images, **TOLERANCE)
+    works(compiled, images)
 
 
 # graphs of a device

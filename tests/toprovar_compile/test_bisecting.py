@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import runpy
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+from torch.fx import GraphModule, symbolic_trace
 
-from toprovar_compile import bisect_passes, bisecting, dispatch
-from toprovar_compile.bisecting import STAGES, limited
+from toprovar_compile import backend, bisect_passes, bisecting, dispatch, minify
+from toprovar_compile.bisecting import STAGES, differs, limited
+from toprovar_compile.dump.repro import repro_text
+from toprovar_compile.errors import OptionError
 from toprovar_compile.models.var import VAR
 from toprovar_compile.options import Options
 from toprovar_compile.passes._base import switched_off
@@ -68,3 +75,72 @@ def test_stages_are_really_left_out(make_var: Callable[..., VAR]) -> None:
     found = bisect_passes(run, lambda events: not any("prune" in event for event in events))
     assert found.stage == "prune_tokens"
     assert switched_off.get() == frozenset()
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        z = torch.sin(self.first(x).relu() * y) + y
+        return self.last(z).softmax(-1), z.cumsum(0)
+
+
+INPUTS = [torch.arange(8.0).view(2, 4) / 5, torch.linspace(-1, 1, 8).view(2, 4)]
+
+
+def _targets(module: nn.Module) -> list[str]:
+    assert isinstance(module, GraphModule)
+    return [node.name for node in module.graph.nodes if node.op not in ("placeholder", "output")]
+
+
+def test_a_graph_is_cut_down_to_the_part_that_fails() -> None:
+    small = minify(Chain(), INPUTS, lambda part, _: any(name.startswith("sin") for name in _targets(part)))
+    assert _targets(small.graph) == ["sin"]
+    torch.testing.assert_close(small.graph(*small.inputs)[0], torch.sin(small.inputs[0]))
+
+
+def test_what_does_not_fail_is_not_cut() -> None:
+    with pytest.raises(OptionError, match="the graph does not fail"):
+        minify(Chain(), INPUTS, lambda *_: False)
+
+
+def _miscompile_sin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An inner compiler that takes sin for cos."""
+
+    def compile_wrongly(gm: GraphModule, inputs: Sequence[Any], inner: str) -> Callable[..., Any]:
+        wrong = GraphModule(gm, gm.graph)
+        for node in wrong.graph.nodes:
+            if node.op == "call_function" and "sin" in str(node.target):
+                node.target = torch.ops.aten.cos.default
+        wrong.recompile()
+        return wrong.forward
+
+    monkeypatch.setattr(backend, "compile_plain", compile_wrongly)
+
+
+def test_compiled_and_eager_numbers_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    chain = Chain().requires_grad_(False)
+    assert not differs(chain, INPUTS, inner="eager")
+    _miscompile_sin(monkeypatch)
+    assert differs(chain, INPUTS)
+    assert _targets(minify(chain, INPUTS).graph) == ["sin"]
+
+
+def test_the_script_of_a_graph_minifies_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    graph = symbolic_trace(lambda x: (torch.sin(x.relu() + 1).exp(),))
+    (tmp_path / "repro.py").write_text(repro_text(graph, [torch.ones(2, 3)], "eager"))
+    _miscompile_sin(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["repro.py", "--minify"])
+    with torch.no_grad():
+        runpy.run_path("repro.py")
+        text = (tmp_path / "minified.py").read_text()
+        assert "torch.sin(" in text and ".relu(" not in text and ".exp(" not in text
+        capsys.readouterr()
+        monkeypatch.setattr(sys, "argv", ["minified.py"])
+        runpy.run_path("minified.py")
+    assert "output 0: (2, 3), largest difference" in capsys.readouterr().out

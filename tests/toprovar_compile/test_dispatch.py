@@ -273,6 +273,27 @@ def test_tokens_that_are_not_the_schedules_run_dense(pair: Pair) -> None:
     assert counters.snapshot()["guard_miss: 4 tokens at scale 1 are not what the schedule says; run dense"] == 1
 
 
+@pytest.mark.parametrize(
+    ("action", "reason"),
+    [(_prune(4), "its entropy was not measured"), (SKIP, "nothing was kept to restore tokens with")],
+)
+def test_what_an_earlier_scale_did_not_leave_makes_a_layer_dense(pair: Pair, action: LayerAction, reason: str) -> None:
+    model = pair.model
+    step = compile_steps(model.step, {"inner": "eager"})
+    x, cond, mod, _ = model._begin(ONE, 0)
+    nine = x.expand(-1, 9, -1).contiguous()
+    plan = _plan(model, {2: (DENSE, action, DENSE)})
+    with torch.no_grad(), generation(model.schedule, model.fingerprint, plan) as session:
+        session.scale = 1  # of four tokens: the plan is not followed
+        _, keys, values = step(nine, cond, mod, [], [])
+        want = model.step(nine, cond, mod, keys, values)[0]
+        session.scale = 2
+        logits, _, _ = step(nine, cond, mod, keys, values)
+    torch.testing.assert_close(logits, want, **TOLERANCE)
+    (event,) = (e for e in counters.snapshot() if e.startswith("fallback"))
+    assert f"blocks.1 runs dense instead of {action}: {reason}, as an earlier scale did not run by the plan" in event
+
+
 def test_covers() -> None:
     n, k = sympy.symbols("n k", integer=True)
     relations = (sympy.Ge(n, 2), sympy.Ne(sympy.Mod(n, 8), 0))

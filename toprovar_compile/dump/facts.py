@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from toprovar_compile.dump.reasons import describe, why
+from toprovar_compile.dump.reasons import decided_by, describe, why
 from toprovar_compile.dump.record import Generation, Recorder, Stage, graph_text, stage_of
 from toprovar_compile.inductor import cache_factors, generated_code
 from toprovar_compile.passes import (
@@ -242,9 +242,14 @@ def machine() -> dict[str, str]:
 
 
 def plan_facts(plan: Plan, generation: Generation | None) -> dict[str, Any]:
-    """The plan as cells with reasons; where the generation that was watched ran otherwise, what it ran."""
+    """The plan as cells with reasons; where the generation that was watched ran otherwise, what it ran.
+
+    `maps` of a cell are the scales whose maps of that layer show what was decided, if that generation followed the
+    plan.
+    """
     ran = {}
-    if generation is not None and generation.plan is not None and generation.plan.digest() == plan.digest():
+    watched = generation is not None and generation.plan is not None and generation.plan.digest() == plan.digest()
+    if generation is not None and watched:
         ran = {(p.scale, p.what): p.action for p in generation.parts if isinstance(p.what, int)}
     scales = []
     for s, scale in enumerate(plan.scales):
@@ -257,7 +262,9 @@ def plan_facts(plan: Plan, generation: Generation | None) -> dict[str, Any]:
                 did = ran.get((s, layer), str(action))
                 text = {"dense": "", "skip": "0", "prune": str(action.keep)}[action.kind]
                 cell = {"kind": action.kind, "text": text, "ran": did if did != str(action) else ""}
-            cells.append(cell | {"why": why(plan, s, layer)})
+            by = decided_by(plan, s, layer)
+            maps = [s] if watched and by is None else [by, s] if watched else []
+            cells.append(cell | {"why": why(plan, s, layer), "maps": maps})
         h, w = plan.schedule.grids[s]
         scales.append(
             {
@@ -274,12 +281,18 @@ def plan_facts(plan: Plan, generation: Generation | None) -> dict[str, Any]:
 
 
 def generation_facts(generation: Generation) -> dict[str, Any]:
-    """Times of every scale and part in ms, the image, and the maps over it."""
+    """Times of every scale and part in ms, the image, and the maps over it.
+
+    `measured` is a scale's share of the time of all scales; `predicted` the share that the tokens it computes have.
+    """
     zero, total = generation.started, max(generation.ended - generation.started, 1e-9)
     scales: dict[int, list[Any]] = {}
     for part in generation.parts:
         scales.setdefault(part.scale, []).append(part)
     rows, maps = [], []
+    plan = generation.plan
+    tokens = [n * share for n, share in zip(plan.schedule.tokens, plan.token_share(), strict=True)] if plan else []
+    spent = sum(parts[-1].end - parts[0].start for s, parts in scales.items() if s >= 0)
     for s, parts in scales.items():
         layers = [p for p in parts if isinstance(p.what, int)]
         rows.append(
@@ -289,10 +302,12 @@ def generation_facts(generation: Generation) -> dict[str, Any]:
                 "width": 100 * (parts[-1].end - parts[0].start) / total,
                 "ms": 1e3 * (parts[-1].end - parts[0].start),
                 "layers": [(p.what, p.action, 1e3 * (p.end - p.start)) for p in layers],
+                "measured": (parts[-1].end - parts[0].start) / max(spent, 1e-9) if s >= 0 else None,
+                "predicted": tokens[s] / max(sum(tokens), 1e-9) if tokens and s >= 0 else None,
                 "slowest": max((1e3 * (p.end - p.start) for p in layers), default=0.0),
             }
         )
-        grid = generation.plan.schedule.grids[s] if generation.plan is not None and s >= 0 else None
+        grid = plan.schedule.grids[s] if plan is not None and s >= 0 else None
         shown = [p for p in layers if grid is not None and (p.kept is not None or p.entropy is not None)]
         if shown and grid is not None:
             maps.append({"s": s, "grid": f"{grid[0]} x {grid[1]}", "maps": [_map(p, grid) for p in shown]})
@@ -303,7 +318,7 @@ def generation_facts(generation: Generation) -> dict[str, Any]:
         "maps": maps,
         "image": _uri(_picture(generation.image)) if generation.image is not None else "",
         "ratio": generation.image.shape[2] / generation.image.shape[1] if generation.image is not None else 1,
-        "plan": generation.plan.digest() if generation.plan is not None else "dense",
+        "plan": plan.digest() if plan is not None else "dense",
     }
 
 

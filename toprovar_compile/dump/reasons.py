@@ -22,17 +22,25 @@ _SCORES = {
 def why(plan: Plan, s: int, layer: int) -> list[str]:
     """Sentences: what the plan does with `layer` at scale `s`, how, and what decided it."""
     n, (h, w) = plan.schedule.tokens[s], plan.schedule.grids[s]
-    where = f"Scale {s} ({h} x {w} = {n} tokens), layer {layer}: "
+    where = f"Scale {s} ({h} x {w} = {n} token{'s' if n > 1 else ''}), layer {layer}: "
     if not plan.runs(s):
         return [f"{where}not run, because the generation is left before scale {plan.exit_scale}.", *_exit(plan)]
     action = plan.action(s, layer)
     if action.kind == "dense":
-        return [f"{where}dense, nothing is pruned; all {n} tokens are computed.", *_dense(plan, s, layer)]
+        whole = f"all {n} tokens are computed" if n > 1 else "its one token is computed"
+        return [f"{where}dense, nothing is pruned; {whole}.", *_dense(plan, s, layer)]
     if action.kind == "skip":
         return [f"{where}skipped, no token is computed. {_restored(plan, s, layer)}", *_made(plan)]
     share = (action.keep or 0) / n
     what = f"{where}pruned, {action.keep} of {n} tokens ({share:.1%}) are computed, {n - (action.keep or 0)} are not."
     return [what, _chosen(plan, s, layer), _restored(plan, s, layer), *_pruned(plan, s, layer)]
+
+
+def decided_by(plan: Plan, s: int, layer: int) -> int | None:
+    """The scale whose entropy map of `layer` chooses the tokens kept at scale `s`; None where none does."""
+    read = [e for e in range(s) if (e, layer) in plan.reads_entropy()]
+    chooses = plan.runs(s) and plan.action(s, layer).kind == "prune" and plan.score == "entropy"
+    return read[-1] if chooses and read else None
 
 
 def describe(plan: Plan) -> list[str]:
@@ -64,11 +72,11 @@ def _chosen(plan: Plan, s: int, layer: int) -> str:
     """How the kept tokens are chosen."""
     if plan.score != "entropy":
         return f"Kept are the tokens of the highest score: {_SCORES[plan.score]}."
-    read = [e for e in range(s) if (e, layer) in plan.reads_entropy()]
-    source = f"the entropy map of this layer, last measured at scale {read[-1]}" if read else "its entropy map"
+    by = decided_by(plan, s, layer)
+    source = f"the entropy map of this layer, last measured at scale {by}" if by is not None else "its entropy map"
     order = "lowest" if plan.direction == "low_entropy" else "highest"
     how = f"the {order} attention entropy" if plan.selection == "topk" else "a sample by keep-probability"
-    resized = f" and resized from {_grid(plan, read[-1])} to {_grid(plan, s)}" if read else ""
+    resized = f" and resized from {_grid(plan, by)} to {_grid(plan, s)}" if by is not None else ""
     regions = f"; every region of the map keeps at least {plan.region_share:.0%}" if plan.region_share else ""
     return f"Kept are the tokens of {how} in {source}{resized}{regions}."
 
@@ -90,7 +98,10 @@ def _dense(plan: Plan, s: int, layer: int) -> list[str]:
     if policy.depth is None:
         return ["Why: no scale crosses tau, so the whole plan is dense."]
     if s < policy.depth:
-        return [f"Why: pruning starts at scale {policy.depth}: {_depth(policy)}", _score(policy, layer)]
+        return [
+            f"Why: pruning starts at scale {policy.depth}: {_depth(policy)}",
+            f"This layer: {_score(policy, layer)}",
+        ]
     if policy.layer_class(layer) != "detail":
         return [f"Why: {_score(policy, layer)}"]
     return [f"Why: the share to keep is so large that its bucket is the whole map. {_count(policy, s, layer)}"]

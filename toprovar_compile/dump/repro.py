@@ -9,7 +9,12 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-_SCRIPT = '''"""One captured graph, run alone. Weights and inputs are random numbers of the captured sizes."""
+_SCRIPT = '''"""One captured graph, run alone. Weights and inputs are random numbers of the captured sizes.
+
+With --minify it is cut down to a small graph that still fails, as the script minified.py.
+"""
+
+import sys
 
 import torch
 from torch import device, inf, nan  # names that graphs use
@@ -33,6 +38,9 @@ for i, (a, b) in enumerate(zip(expected, found)):
     if isinstance(a, torch.Tensor):
         largest = (a.double() - b.double()).abs().max().item()
         print(f"output {{i}}: {{tuple(a.shape)}}, largest difference {{largest:.3g}}")
+if "--minify" in sys.argv:
+    from toprovar_compile import minify
+    open("minified.py", "w").write(str(minify(module, inputs)))
 '''
 
 

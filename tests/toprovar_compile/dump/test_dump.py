@@ -6,9 +6,12 @@ import ast
 import base64
 import io
 import json
+import os
 import re
 import runpy
-from collections.abc import Callable, Iterator
+import subprocess
+import sys
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,41 +21,11 @@ from PIL import Image
 from torch import Tensor
 from torch.fx import symbolic_trace
 
-from toprovar_compile import dispatch
 from toprovar_compile.dump import Dump, record
 from toprovar_compile.dump.facts import kernels_of
 from toprovar_compile.errors import OptionError
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
-from toprovar_compile.report import counters
-
-LABELS = torch.tensor([1, 7])
-
-
-@pytest.fixture(scope="module")
-def made(
-    make_var: Callable[..., VAR], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[tuple[Path, Plan, Tensor, Tensor]]:
-    """The folder of three generations, their plan, and images with and without a dump."""
-    torch._dynamo.reset()
-    dispatch.reset()
-    counters.reset()
-    directory = tmp_path_factory.mktemp("dump")
-    model = make_var(depth=2)
-    plan = Plan.keep_share(model.schedule, 2, 0.5, 3, layers=[1], bucket=2)
-    dumped = torch.compile(model, backend="toprovar", options={"plan": plan, "inner": "eager", "dump": str(directory)})
-    for _ in range(3):
-        image = dumped(LABELS, seed=0)
-    plain = torch.compile(model, backend="toprovar", options={"plan": plan, "inner": "eager"})(LABELS, seed=0)
-    (folder,) = directory.iterdir()
-    yield folder, plan, image, plain
-    torch._dynamo.reset()
-    dispatch.reset()
-
-
-@pytest.fixture(scope="module")
-def folder(made: tuple[Path, Plan, Tensor, Tensor]) -> Path:
-    return made[0]
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +160,16 @@ def test_the_trace(folder: Path) -> None:
     assert all(e["dur"] >= 0 for e in events if e["ph"] == "X")
 
 
+def test_time_beside_its_prediction(folder: Path, made: tuple[Path, Plan, Tensor, Tensor]) -> None:
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    table = text[text.index("<th>predicted</th>") :].partition("</table>")[0]
+    shares = re.findall(r'<td class="number">([\d.]+)%</td><td class="number">([\d.]+)%</td>', table)
+    plan = made[1]
+    computed = [n * share for n, share in zip(plan.schedule.tokens, plan.token_share(), strict=True)]
+    assert [predicted for _, predicted in shares] == [f"{100 * n / sum(computed):.1f}" for n in computed]
+    assert sum(float(measured) for measured, _ in shares) == pytest.approx(100, abs=0.5)
+
+
 def test_pages_are_written_ever_more_rarely(folder: Path) -> None:
     text = (folder / "index.html").read_text(encoding="utf-8")
     assert "Generation 2," in text, "after the first, second, fourth generation"
@@ -206,6 +189,40 @@ def test_structured_logs(make_var: Callable[..., VAR], tmp_path: Path, monkeypat
     dump = Dump.open(None)
     dump.graph("functional", symbolic_trace(torch.nn.ReLU()))
     assert dump.on and names == ["functional"]
+
+
+@pytest.mark.slow
+def test_logs_of_a_process(tmp_path: Path) -> None:
+    """As tlparse and a reader of messages get them; both are set up when torch is imported."""
+    code = (
+        "import torch\nfrom toprovar_compile.models.var import VAR, VARConfig\n"
+        "from toprovar_compile.models.vqvae import VQVAEConfig\nfrom toprovar_compile.plan import Plan\n"
+        "vae = VQVAEConfig(64, 8, 32, (1, 2), num_res_blocks=1, patch_nums=(1, 2))\n"
+        "model = VAR(VARConfig(2, 32, 2, num_classes=10, shared_aln=True, vae=vae)).eval().requires_grad_(False)\n"
+        "plan = Plan.dense(model.schedule, 2)\n"
+        "torch.compile(model, backend='toprovar', options={'inner': 'eager', 'plan': plan})(torch.tensor([1]), seed=0)"
+    )
+    logs = {"TORCH_TRACE": str(tmp_path), "TORCH_LOGS": "+toprovar_compile", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env={**os.environ, **logs}, check=True, timeout=200, capture_output=True, text=True)
+    assert re.search(r"rewrite_attention: 2 rewritten, in [\d.]+ ms", done.stderr), "passes are logged as they run"
+    assert "compiled dense in" in done.stderr
+    (trace,) = tmp_path.glob("*.log")
+    lines = trace.read_text().splitlines()
+    entries = [json.loads(line[line.index("{") :]) for line in lines if '"artifact": {' in line]
+    names = {entry["artifact"]["name"] for entry in entries}
+    wanted = {
+        "captured",
+        "repro",
+        "rewrite_attention",
+        "rewrite_attention.diff",
+        "functional",
+        "prologue",
+        "graph_report",
+    }
+    assert {f"toprovar_{name}" for name in wanted} <= names
+    assert any(name.startswith("toprovar_plan_") for name in names)
+    assert any("torch.ops.toprovar.fae.default(" in line for line in lines), "texts are in the log"
 
 
 def test_kernels_of_generated_code() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from toprovar_compile import models
-from toprovar_compile.dump.reasons import describe, why
+from toprovar_compile.dump.reasons import decided_by, describe, why
 from toprovar_compile.plan import Plan
 from toprovar_compile.schedule import ScaleSchedule
 
@@ -28,6 +28,7 @@ def test_a_pruned_layer_of_a_calibrated_plan(shipped: Plan) -> None:
     assert "R = 0.431" in text and "detail_above = 0.3" in text and "depth = 8" in text
     assert "the next bucket is 0.375 of 576 tokens, in whole tiles 224" in text
     assert "50 calibration prompts" in text
+    assert [decided_by(shipped, s, layer) for s, layer in ((8, 14), (8, 0), (5, 14), (9, 14))] == [7, None, None, None]
 
 
 def test_a_scale_that_is_left_out(shipped: Plan) -> None:
