@@ -61,12 +61,13 @@ class Scale:
 
 
 class Moving(NamedTuple):
-    """An argument that is copied to its place before a run: its position, the name of the place, and the place."""
+    """An argument that is copied to its place before a run: its position, the place and its id, and, for a condition,
+    the name under which its program reads it."""
 
     index: int
-    name: Hashable
     place: Tensor
-    condition: bool
+    at: int
+    condition: Hashable
 
 
 @dataclass(frozen=True)
@@ -305,35 +306,41 @@ class Lane:
                         place = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
                 self._inputs[name] = place
             taken.add(id(place))
-            moving.append(Moving(i, name, place, i in scale.condition))
+            moving.append(Moving(i, place, id(place), name if i in scale.condition else None))
         fixed = list(args)
-        for i, _, place, _ in moving:
+        for i, place, _, _ in moving:
             fixed[i] = place
         return fixed, self._refill(moving, args), tuple(moving)
 
     def _refill(self, moving: Sequence[Moving], args: Sequence[Any]) -> bool:
         """Copy what changed to its place; whether that is so for a condition, since its program was last given it."""
-        fresh = False
-        for i, name, place, condition in moving:
-            a, at = args[i], id(place)
-            if not _unchanged(a, self._sources.get(at)):
-                place.copy_(a)
-                # Holding the source keeps its address from being taken by another tensor.
-                self._sources[at] = (a, -1 if a.is_inference() else a._version)
-                self._held[id(a)] = place
-                self._copies[at] = self._copies.get(at, 0) + 1
-            if condition:
+        fresh, sources = False, self._sources
+        for i, place, at, condition in moving:
+            a, source = args[i], sources.get(at)
+            if not (source is not None and a is source[0] and source[1] >= 0 and a._version == source[1]):
+                self._copy(a, place, source)
+            if condition is not None:
                 count = self._copies[at]
-                fresh = fresh or self._read.get(name) != count
-                self._read[name] = count
+                fresh = fresh or self._read.get(condition) != count
+                self._read[condition] = count
         return fresh
+
+    def _copy(self, a: Tensor, place: Tensor, source: tuple[Tensor, int] | None) -> None:
+        if _unchanged(a, source):
+            return
+        at = id(place)
+        place.copy_(a)
+        # Holding the source keeps its address from being taken by another tensor.
+        self._sources[at] = (a, -1 if a.is_inference() else a._version)
+        self._held[id(a)] = place
+        self._copies[at] = self._copies.get(at, 0) + 1
 
     def _settled(self, moving: Sequence[Moving], args: Sequence[Any]) -> bool:
         """Whether the condition is in place, and its program was given it before."""
         return all(
-            _unchanged(args[i], self._sources.get(id(place))) and self._read.get(name) == self._copies[id(place)]
-            for i, name, place, condition in moving
-            if condition
+            _unchanged(args[i], self._sources.get(at)) and self._read.get(condition) == self._copies[at]
+            for i, _, at, condition in moving
+            if condition is not None
         )
 
     def _hand_out(self, known: Captured) -> list[Any]:
@@ -354,13 +361,9 @@ def _pointers(values: Sequence[Any]) -> tuple[int, ...]:
 
 
 def _unchanged(value: Tensor, source: tuple[Tensor, int] | None) -> bool:
-    if source is None:
+    if source is None or value.is_inference():
         return False
     old, version = source
-    if value is old:
-        return version >= 0 and value._version == version
-    if value.is_inference():
-        return False
     return value.data_ptr() == old.data_ptr() and value.stride() == old.stride() and value._version == version
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from operator import attrgetter, is_
 from typing import TYPE_CHECKING, Any
 
@@ -38,9 +39,10 @@ from toprovar_compile.report import counters
 if TYPE_CHECKING:
     from toprovar_compile.dispatch import StepProgram, StepState
 
-_TENSOR = "tensor"
+_TENSORS = {Tensor}
 _PLAIN = (type(None), bool, int, float, str)
-_shape, _version = attrgetter("shape"), attrgetter("_version")
+_END = object()
+_version = attrgetter("_version")
 
 
 class StepReplays:
@@ -74,7 +76,7 @@ class StepReplays:
             or checked.run != run
             or checked.weights is not known.weights
             or not known.is_like(*values)
-            or not all([values[i].data_ptr() == pointer for i, pointer in known.caches])
+            or not all([_same_place(values[i], captured.held[j]) for i, j in known.caches])
             or not checked.still()
             or not state.lane.recordable(values[0])
         ):
@@ -114,7 +116,7 @@ class StepReplays:
 
 @dataclass(frozen=True)
 class _Form:
-    """Arguments as tensors, each once, and a key of everything but their dtypes, strides and devices."""
+    """Arguments as tensors, each once, and a key of how they are arranged, plain values and some of the sizes."""
 
     key: Hashable
     values: list[Tensor]
@@ -133,8 +135,7 @@ class _Form:
         if len(unique) < len(ids):
             order = {at: n for n, at in enumerate(unique)}
             same = tuple(map(order.__getitem__, ids))
-        values = list(unique.values())
-        return cls((spec, same, tuple(map(_shape, values))), values)
+        return cls((spec, same), list(unique.values()))
 
 
 class _Foreign(Exception):
@@ -146,11 +147,11 @@ def _flatten(value: Any, into: list[Tensor]) -> Hashable:
     kind = type(value)
     if kind is Tensor:
         into.append(value)
-        return _TENSOR
+        return value.shape
     if kind is list or kind is tuple:
-        if value and set(map(type, value)) == {Tensor}:
+        if value and set(map(type, value)) == _TENSORS:
             into.extend(value)
-            return kind, len(value)
+            return kind, len(value), value[0].shape
         return kind, tuple([_flatten(v, into) for v in value])
     if kind is dict:
         return kind, tuple([(_flatten(k, into), _flatten(v, into)) for k, v in value.items()])
@@ -161,43 +162,44 @@ def _flatten(value: Any, into: list[Tensor]) -> Hashable:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The weights of a program, and the tables of modules in which they, and the modules on the way, were found."""
+    """The weights of a program with their addresses, those that are hoisted, and where they are in its model.
+
+    `tables` are the dicts of modules in which they, and the modules on the way to them, were found, and `found` all
+    that was in these.
+    """
 
     tensors: list[Tensor]
     pointers: list[int]
     hoisted: list[Tensor]
     tables: list[dict[str, Any]]
-    names: list[str]
     found: list[Any]
 
     @classmethod
-    def of(cls, model: nn.Module, tensors: list[Tensor], hoisted: list[Tensor]) -> _Weights | None:
+    def of(cls, model: nn.Module, tensors: list[Tensor], pointers: list[int], hoisted: list[Tensor]) -> _Weights | None:
         """None where a tensor is in no module, or counts no versions."""
         if any(t.is_inference() for t in hoisted):
             return None
-        wanted, entries = set(map(id, tensors)), list[tuple[dict[str, Any], str, Any]]()
-        _find(model, wanted, entries)
-        if not wanted <= {id(value) for _, _, value in entries}:
-            return None
-        tables, names, found = (list(column) for column in zip(*entries, strict=True))
-        return cls(tensors, [t.data_ptr() for t in tensors], hoisted, tables, names, found)
+        wanted, tables = set(map(id, tensors)), list[dict[str, Any]]()
+        _find(model, wanted, tables)
+        found = [value for table in tables for value in table.values()]
+        return cls(tensors, pointers, hoisted, tables, [*found, _END]) if wanted <= set(map(id, found)) else None
 
-    def still(self) -> bool:
-        """Whether all are where they were, in their modules and in memory."""
-        return (
-            all(map(is_, map(dict.get, self.tables, self.names), self.found))
-            and [t.data_ptr() for t in self.tensors] == self.pointers
-        )
+    def in_modules(self) -> bool:
+        """Whether they are still what the modules hold."""
+        return all(map(is_, chain(chain.from_iterable(map(dict.values, self.tables)), (_END,)), self.found))
 
 
-def _find(module: nn.Module, wanted: set[int], into: list[tuple[dict[str, Any], str, Any]]) -> bool:
-    """Append where in `module` the wanted tensors are: (table, name, tensor or module); whether there are any."""
+def _find(module: nn.Module, wanted: set[int], into: list[dict[str, Any]]) -> bool:
+    """Append the tables of `module` on the way to wanted tensors; whether there are any."""
     before = len(into)
     for table in (module._parameters, module._buffers):
-        into += [(table, name, t) for name, t in table.items() if id(t) in wanted]
-    for name, child in module._modules.items():
-        if child is not None and _find(child, wanted, into):
-            into.append((module._modules, name, child))
+        if not wanted.isdisjoint(map(id, table.values())):
+            into.append(table)
+    for child in module._modules.values():
+        if child is not None:
+            _find(child, wanted, into)
+    if len(into) > before and module._modules:
+        into.append(module._modules)
     return len(into) > before
 
 
@@ -213,15 +215,15 @@ class _Checked:
     def still(self) -> bool:
         """Whether all of this is so now."""
         weights = self.weights
-        return self.same_modes() and weights.still() and list(map(_version, weights.hoisted)) == self.versions
+        return self.same_modes() and weights.in_modules() and list(map(_version, weights.hoisted)) == self.versions
 
 
 @dataclass(frozen=True)
 class _Known:
     """A scale that can be replayed: its graph and arguments in terms of `_Form.values`, its result in outputs.
 
-    `is_like` compares tensors with the arguments; `caches` are (position, address) of those that the graph reads where
-    they are. `launch` is the key of the graph in its lane.
+    `is_like` compares tensors with the arguments; `caches` are those that the graph reads where they are: their
+    positions, and those in `Captured.held`. `launch` is the key of the graph in its lane.
     """
 
     program: StepProgram
@@ -240,6 +242,7 @@ class _Known:
         fixed = set(program.fixed)
         moving, caches = [], []
         places = {m.index: m for m in captured.moving}
+        held = {i: j for j, i in enumerate(captured.still)}
         for i, arg in enumerate(launch.args):
             if i in fixed or not isinstance(arg, Tensor):
                 continue
@@ -249,7 +252,7 @@ class _Known:
             if i in places:
                 moving.append(places[i]._replace(index=at))
             else:
-                caches.append((at, arg.data_ptr()))
+                caches.append((at, held[i]))
         outputs = {id(out): i for i, out in enumerate(launch.outputs) if isinstance(out, Tensor)}
         used: set[int] = set()
         try:
@@ -288,15 +291,20 @@ def _weights(state: StepState, program: StepProgram, run: Callable[..., Any], ar
         return None
     tensors = [args[i] for i in program.fixed]
     key = ("weights", program)
+    pointers = [t.data_ptr() for t in tensors]
     old: _Weights | None = state.lane.notes.get(key)
-    if old is not None and all(map(is_, tensors, old.tensors)) and old.still():
+    if old is not None and all(map(is_, tensors, old.tensors)) and pointers == old.pointers and old.in_modules():
         return old
-    found = _Weights.of(model, tensors, [args[i] for i in program.hoisted])
+    found = _Weights.of(model, tensors, pointers, [args[i] for i in program.hoisted])
     if found is None:
         _refuse("weights are not all in the modules of the step")
         return None
     state.lane.notes[key] = found
     return found
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a is b or a.data_ptr() == b.data_ptr()
 
 
 def _arrangement(value: Any, outputs: dict[int, int], used: set[int]) -> Any:
