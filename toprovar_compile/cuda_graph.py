@@ -64,7 +64,7 @@ class Moving(NamedTuple):
     """An argument that is copied to its place before a run: its position, the place and its id, and, for a condition,
     the name under which its program reads it."""
 
-    index: int
+    position: int
     place: Tensor
     at: int
     condition: Hashable
@@ -224,7 +224,7 @@ class Lane:
         finally:
             torch.set_autocast_cache_enabled(caching)
         self._replay(graph, scale.generator)
-        moves = {m.index for m in moving}
+        moves = {m.position for m in moving}
         still = tuple(i for i in range(len(fixed)) if i not in moves)
         held = tuple(fixed[i] for i in still)
         known = self._graphs[key] = Captured(

@@ -222,14 +222,12 @@ def tensor_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
     That is type, dispatch keys (so inference mode), dtype, device, whether a gradient is wanted, sizes and strides.
     """
-    from torch._C._dynamo.guards import TensorGuards
+    from torch._C._dynamo import guards
 
-    guard = TensorGuards(
-        *tensors,
-        dynamic_dims_sizes=[list(t.shape) for t in tensors],
-        dynamic_dims_strides=[list(t.stride()) for t in tensors],
-    )
-    return guard.check  # type: ignore[no-any-return]
+    make: Any = guards.TensorGuards
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
 
 
 def mode_guard() -> Callable[[], bool]:
@@ -247,7 +245,8 @@ def _stacks() -> tuple[Any, ...]:
     from torch.overrides import _get_current_function_mode_stack
     from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-    functions, operators = _get_current_function_mode_stack(), _get_current_dispatch_mode_stack()
+    functions = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    operators = _get_current_dispatch_mode_stack()
     return torch.is_inference_mode_enabled(), *map(id, functions), None, *map(id, operators)
 
 

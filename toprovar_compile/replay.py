@@ -8,16 +8,17 @@ Why the images are then the ones that they would give:
   on arguments held when the graph was launched for arguments of equal form (types, dtypes, devices, sizes, strides,
   which of them are the same, all plain values); form is compared anew. Those on modes and on the model held earlier in
   this generation; modes are compared anew, and so is what the model consists of: at every scale each of its weights
-  must be the same tensor at the same address, in the same module. Numbers that relate the two kinds are refused: sizes
-  that a program computes with are those of arguments alone (`inductor.pure_frame`).
+  must be the same tensor in the same module. Their addresses are those of the recording, once an image. Numbers that
+  relate the two kinds are refused: sizes that a program computes with are those of arguments alone
+  (`inductor.pure_frame`).
 - What Dynamo's code does beside running the graph must be nothing: no change of an object that was there before, no
   graph break, no random number, and every output of the graph is found in the result as it is, and every input among
   the arguments and the weights. So the result is the same arrangement of the same outputs.
 - Weights that are written to are read by the graph as they are; those of which an earlier scale made something for the
   whole image (casts, say) must have been left alone since the generation began.
 
-What is left to the code between two scales of an image: if it changes attributes of modules other than their tensors and
-submodules (hooks, flags), that is seen at the next image. Everything else is run by Dynamo as before.
+What code between two scales of an image changes at a module other than its tensors and submodules (flags, numbers), in
+globals that the step reads, or at the address under a weight (`weight.data = ...`), is seen at the next image.
 """
 
 from __future__ import annotations
@@ -147,11 +148,11 @@ def _flatten(value: Any, into: list[Tensor]) -> Hashable:
     kind = type(value)
     if kind is Tensor:
         into.append(value)
-        return value.shape
+        return tuple(value.shape)
     if kind is list or kind is tuple:
         if value and set(map(type, value)) == _TENSORS:
             into.extend(value)
-            return kind, len(value), value[0].shape
+            return kind, len(value), tuple(value[0].shape)
         return kind, tuple([_flatten(v, into) for v in value])
     if kind is dict:
         return kind, tuple([(_flatten(k, into), _flatten(v, into)) for k, v in value.items()])
@@ -241,16 +242,17 @@ class _Known:
         captured, position = launch.captured, {id(value): i for i, value in enumerate(form.values)}
         fixed = set(program.fixed)
         moving, caches = [], []
-        places = {m.index: m for m in captured.moving}
+        places = {m.position: m for m in captured.moving}
         held = {i: j for j, i in enumerate(captured.still)}
         for i, arg in enumerate(launch.args):
             if i in fixed or not isinstance(arg, Tensor):
                 continue
             at = position.get(id(arg))
             if at is None:
-                return _refuse("a step computes before its graph")
+                _refused("a step computes before its graph")
+                return None
             if i in places:
-                moving.append(places[i]._replace(index=at))
+                moving.append(places[i]._replace(position=at))
             else:
                 caches.append((at, held[i]))
         outputs = {id(out): i for i, out in enumerate(launch.outputs) if isinstance(out, Tensor)}
@@ -258,9 +260,11 @@ class _Known:
         try:
             arrangement = _arrangement(result, outputs, used)
         except _Foreign:
-            return _refuse("a step returns other things than its graph")
+            _refused("a step returns other things than its graph")
+            return None
         if used != set(outputs.values()):
-            return _refuse("a step keeps outputs of its graph")
+            _refused("a step keeps outputs of its graph")
+            return None
         return cls(
             program,
             weights,
@@ -273,7 +277,7 @@ class _Known:
         )
 
 
-def _refuse(reason: str) -> None:
+def _refused(reason: str) -> None:
     counters.add("not_replayed", reason)
 
 
@@ -287,7 +291,7 @@ def _weights(state: StepState, program: StepProgram, run: Callable[..., Any], ar
     code = getattr(run, "__code__", None)
     model = getattr(run, "__self__", None)
     if program.frame is None or code is not program.frame or not isinstance(model, nn.Module):
-        _refuse("a step is not one method of a module, or does more than its graph")
+        _refused("a step is not one method of a module, or does more than its graph")
         return None
     tensors = [args[i] for i in program.fixed]
     key = ("weights", program)
@@ -297,7 +301,7 @@ def _weights(state: StepState, program: StepProgram, run: Callable[..., Any], ar
         return old
     found = _Weights.of(model, tensors, pointers, [args[i] for i in program.hoisted])
     if found is None:
-        _refuse("weights are not all in the modules of the step")
+        _refused("weights are not all in the modules of the step")
         return None
     state.lane.notes[key] = found
     return found

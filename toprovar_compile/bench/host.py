@@ -36,7 +36,7 @@ def _record(lane: Lane, scale: Scale, fixed: Any) -> tuple[Any, list[Any]]:
 
 @contextmanager
 def stand_ins() -> Iterator[None]:
-    """Steps on the CPU are recorded and launched as on a CUDA device; a launch does nothing, and images are arbitrary."""
+    """Steps on the CPU are recorded and launched as on a CUDA device; a launch does nothing: images are arbitrary."""
     before = Lane._record, Lane.recordable, Lane._replay, torch.cuda.graph_pool_handle
     patched: Any = Lane
     patched._record, patched.recordable = _record, staticmethod(lambda x: True)
