@@ -182,7 +182,9 @@ def pure_frame() -> types.CodeType | None:
 
     try:
         tx: Any = InstructionTranslator.current_tx()
-    except AttributeError:  # not called by Dynamo
+    except AttributeError:
+        tx = None
+    if tx is None:  # not called by Dynamo
         return None
     effects, reason = tx.output.side_effects, tx.output.compile_subgraph_reason
     new = AttributeMutationNew, ValueMutationNew

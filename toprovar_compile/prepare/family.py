@@ -36,8 +36,14 @@ def compile_steps(module: nn.Module, options: Mapping[str, Any], *, fullgraph: b
     compile_with: Any = partial(torch.compile, module, backend="toprovar", options=dict(options), fullgraph=fullgraph)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return compile_with(recompile_limit=_RECOMPILE_LIMIT)
-    # Before torch 2.12 the limit was the process's alone; it is read when a call compiles.
-    return torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT)(compile_with())
+    compiled = compile_with()
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # Before torch 2.12 the limit was the process's alone; it is read when a call compiles.
+        with torch._dynamo.config.patch(recompile_limit=_RECOMPILE_LIMIT):  # a new one, as calls may be nested
+            return compiled(*args, **kwargs)
+
+    return call
 
 
 def lacks(model: nn.Module, modules: tuple[str, ...], attributes: tuple[str, ...]) -> list[str]:
