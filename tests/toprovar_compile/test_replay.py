@@ -21,11 +21,14 @@ from toprovar_compile.cuda_graph import Lane, Scale
 from toprovar_compile.decision import Decision
 from toprovar_compile.inductor import mode_guard, pure_frame, tensor_guard
 from toprovar_compile.models import var
+from toprovar_compile.models.bsq import BSQVAEConfig
+from toprovar_compile.models.infinity import Infinity, InfinityConfig
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
 from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import pruned
 from toprovar_compile.report import counters
+from toprovar_compile.schedule import ScaleSchedule
 from toprovar_compile.session import Session
 
 LABELS = torch.tensor([1, 7])
@@ -195,6 +198,25 @@ def test_plans_in_turn_and_chosen_by_the_image(model: VAR, fast: Any) -> None:
             want = model(LABELS, seed=3)
         torch.testing.assert_close(fast(LABELS, seed=3), want, **TOLERANCE)
         assert replayed() == before + REPLAYED
+
+
+@pytest.mark.parametrize("layer", [0, -1])
+def test_infinity(layer: int) -> None:
+    tokenizer = BSQVAEConfig(8, 32, (1, 2), 1)
+    cfg = InfinityConfig(
+        depth=2, embed_dim=64, num_heads=2, text_channels=128, text_maxlen=48, text_pad=16, vae=tokenizer
+    )
+    model = Infinity.random(cfg, dtype=torch.bfloat16, seed=1)
+    model.schedule = ScaleSchedule.from_patch_nums((1, 2, 3, 4, 5, 6))
+    fast = compile_steps(model, {"inner": "eager", "plan": "dense"})
+    prompts = [[torch.randn(length, 128)] for length in (7, 20)]  # padded to 16 and to 32
+    for count in (0, 0, 3, 3):
+        for text in prompts:
+            before = replayed()
+            got = fast(text, seed=3, cfg_layers=layer)
+            assert torch.equal(got, model(text, seed=3, cfg_layers=layer))
+            assert replayed() == before + count
+    assert not [e for e in counters.snapshot() if e.startswith(("not_replayed", "cuda_graph_miss", "fallback"))]
 
 
 # weights
