@@ -16,7 +16,7 @@ from toprovar_compile.cuda_graph import Scale
 from toprovar_compile.dispatch import StepProgram, current_lane, state_of
 from toprovar_compile.dump import Dump
 from toprovar_compile.errors import UnsupportedGraphError
-from toprovar_compile.inductor import compile_plain
+from toprovar_compile.inductor import compile_plain, pure_frame
 from toprovar_compile.kernels import fae
 from toprovar_compile.options import Options
 from toprovar_compile.passes import (
@@ -86,13 +86,14 @@ def _compile_step(
     hints = {"n": max(session.schedule.tokens)} if session is not None else {}
     binder = PlanBinder(opts)
     fixed = fixed_inputs([n for n in gm.graph.nodes if n.op == "placeholder"])
+    frame = pure_frame() if dump.recorder is None else None  # a recorder wants to see every step
 
     def compile_functional(functional: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
         dump.graph("functional", functional)
         split = split_layers(functional)
         check_split_layers(functional, split)
         dump.split(split)
-        program = StepProgram(split, opts.inner, hints, report, fixed)
+        program = StepProgram(split, opts.inner, hints, report, fixed, frame)
         dump.program(program)
 
         def run(args: list[Any]) -> list[Any]:

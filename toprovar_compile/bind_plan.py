@@ -44,14 +44,14 @@ class PlanBinder:
         """The plan of the generation in progress, bound to its session; None runs everything.
 
         `weights` stand for the model: when one of them, or the model's own plan, was changed or exchanged, the plan is
-        checked again.
+        checked again. That is looked at once a generation.
         Raises PlanError when an explicit plan does not fit the model.
         """
         session = current_session()
         if session is None:
             return None
         if "plan" not in session.store:
-            state = tuple((w.data_ptr(), _version(w)) for w in weights)
+            state = [w.data_ptr() for w in weights], [_version(w) for w in weights]
             key = (session.schedule, num_layers, session.known_plan, state)
             if self._checked is None or self._checked[0] != key:
                 self._checked = (key, self._resolve(session, num_layers))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Collection, Hashable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,22 +60,60 @@ class Scale:
         return self.run(args, generator or self.generator)
 
 
-@dataclass
-class _Captured:
+class Moving(NamedTuple):
+    """An argument that is copied to its place before a run: its position, the place and its id, and, for a condition,
+    the name under which its program reads it."""
+
+    position: int
+    place: Tensor
+    at: int
+    condition: Hashable
+
+
+@dataclass(frozen=True)
+class Captured:
+    """A graph and what it reads and writes.
+
+    `still` are the positions of arguments that must be where they were, `held` these at capture and `places` where
+    they were. `copied` are the positions of the outputs that the next replay would overwrite under the caller. `state`
+    is what `Scale.restore` takes; `reused` says that the graph lacks what an earlier scale computed from the condition.
+    `group` is that of its scale.
+    """
+
     graph: torch.cuda.CUDAGraph
-    inputs: list[Any]
-    places: list[Any]
-    outputs: list[Any]
+    moving: tuple[Moving, ...]
+    still: tuple[int, ...]
+    held: tuple[Any, ...]
+    places: tuple[Any, ...]
+    pointers: tuple[int, ...]
+    outputs: tuple[Any, ...]
+    copied: tuple[int, ...]
     state: Any
     reused: bool
+    group: Hashable
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The latest run of a graph: its key in the lane, the graph, all arguments, and the outputs as handed out."""
+
+    key: Any
+    captured: Captured
+    args: list[Any]
+    outputs: list[Any]
 
 
 @dataclass
 class Lane:
-    """Memory of one generation at a time: key/value buffers by name, and the graphs that read and write them."""
+    """Memory of one generation at a time: key/value buffers by name, and the graphs that read and write them.
+
+    `notes` are for whoever runs steps on the lane, by name. `latest` is the graph that the latest run launched, if any.
+    """
 
     buffers: dict[Hashable, Tensor] = field(default_factory=dict)
-    _graphs: dict[Hashable, _Captured | None] = field(default_factory=dict)
+    notes: dict[Hashable, Any] = field(default_factory=dict)
+    latest: Launch | None = None
+    _graphs: dict[Hashable, Captured | None] = field(default_factory=dict)
     _seen: set[Hashable] = field(default_factory=set)
     _inputs: dict[Hashable, Tensor] = field(default_factory=dict)
     _sources: dict[int, tuple[Tensor, int]] = field(default_factory=dict)  # by id of the place
@@ -96,8 +135,14 @@ class Lane:
             self._owned.add(self.buffers[key].data_ptr())
         return self.buffers[key]
 
+    @staticmethod
+    def recordable(x: Tensor) -> bool:
+        """Whether what runs on x can be recorded or replayed now: x is on a CUDA device, and nobody is recording."""
+        return x.is_cuda and not torch.cuda.is_current_stream_capturing()
+
     def begin(self) -> None:
         """A new generation starts: nothing is known to be unchanged."""
+        self.latest = None
         self._sources.clear()
         self._held.clear()
         self._read.clear()
@@ -105,20 +150,41 @@ class Lane:
 
     def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
         """`scale.run(args)`, captured or replayed where that is possible."""
-        key = (scale.key, tuple((tuple(args[i].shape), args[i].dtype) for i in scale.moving))
+        key = (scale.key, tuple([(args[i].shape, args[i].stride(), args[i].dtype) for i in scale.moving]))
+        self.latest = None
         self._groups[scale.group] = self._groups.pop(scale.group, set())  # the latest is last
         known = self._graphs.get(key)
         if known is not None:
             reason = self._moved(scale, known, args)
             if reason is None:
-                self._replay(known.graph, scale)
+                self._replay(known.graph, scale.generator)
                 scale.restore(known.state)
-                return self._hand_out(known.outputs)
+                return self._launched(key, known, args)
             counters.add("cuda_graph_miss", reason)
         elif key in self._seen and key not in self._graphs:
-            return self._capture(key, scale, args)
+            known = self._capture(key, scale, args)
+            if known is not None:
+                return self._launched(key, known, args)
         self._seen.add(key)
         return scale(args)
+
+    def _launched(self, key: Hashable, known: Captured, args: Sequence[Any]) -> list[Any]:
+        outputs = self._hand_out(known)
+        self.latest = Launch(key, known, list(args), outputs)
+        return outputs
+
+    def replay(self, key: Any, known: Captured, moving: Sequence[Moving], values: Sequence[Any]) -> list[Any] | None:
+        """The outputs of the graph `known` of a step, whose other inputs the caller knows to be where they were.
+
+        `moving` are those of the graph, with their positions in `values`. None, and nothing was done, where the graph
+        was freed or the condition changed between scales.
+        """
+        if self._graphs.get(key) is not known or (known.reused and not self._settled(moving, values)):
+            return None
+        self._groups[known.group] = self._groups.pop(known.group)  # the latest is last
+        self._refill(moving, values)
+        self._replay(known.graph, None)
+        return self._hand_out(known)
 
     def call(
         self,
@@ -138,37 +204,55 @@ class Lane:
         program = ("call", key, generator is not None, autocast)
         return self.run(Scale.stateless((program, None), whole, range(len(args)), generator), [*args, *fixed])
 
-    def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> list[Any]:
-        fixed, fresh = self._put(scale, args)
+    def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> Captured | None:
+        """A graph of the scale, launched once; None, and everything as it was, where the device refuses."""
+        fixed, fresh, moving = self._put(scale, args)
         before = scale.save()
-        graph = torch.cuda.CUDAGraph()
-        own: Any = None
-        if scale.generator is not None:
-            own = self._generator = self._generator or torch.Generator(device=scale.generator.device)
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         # A weight that autocast has cast before would be read where it is then, and is freed with the user's region.
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            if own is not None:
-                graph.register_generator_state(own)
-            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = scale(fixed, own)
+            graph, outputs = self._record(scale, fixed)
         except RuntimeError as error:
             self._graphs[key] = None
             scale.restore(before)
             reason = str(error).strip().splitlines()[0]
             counters.add("fallback", f"CUDA graph capture failed, the scale is launched kernel by kernel: {reason}")
             logger.warning("CUDA graph capture failed: %s", reason)
-            return scale(args)
+            return None
         finally:
             torch.set_autocast_cache_enabled(caching)
-        self._replay(graph, scale)
-        self._graphs[key] = _Captured(graph, fixed, [_place(a) for a in fixed], outputs, scale.save(), not fresh)
+        self._replay(graph, scale.generator)
+        moves = {m.position for m in moving}
+        still = tuple(i for i in range(len(fixed)) if i not in moves)
+        held = tuple(fixed[i] for i in still)
+        known = self._graphs[key] = Captured(
+            graph,
+            moving,
+            still,
+            held,
+            tuple(map(_place, held)),
+            _pointers(held),
+            tuple(outputs),
+            tuple(i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.data_ptr() not in self._owned),
+            scale.save(),
+            not fresh,
+            scale.group,
+        )
         self._groups[scale.group].add(key)
         counters.add("cuda_graph_captured")
         self._free_groups()
-        return self._hand_out(outputs)
+        return known
+
+    def _record(self, scale: Scale, fixed: Sequence[Any]) -> tuple[torch.cuda.CUDAGraph, list[Any]]:
+        """A graph of `scale(fixed)`, not launched yet, and its outputs. Raises RuntimeError."""
+        graph, own = torch.cuda.CUDAGraph(), None
+        if scale.generator is not None:
+            own = self._generator = self._generator or torch.Generator(device=scale.generator.device)
+            graph.register_generator_state(own)
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+            return graph, scale(fixed, own)
 
     def _free_groups(self) -> None:
         """Free the graphs of the plans that were not used for longest; they are captured anew when they come back."""
@@ -178,16 +262,16 @@ class Lane:
                 del self._graphs[key]
             counters.add("cuda_graph_freed", "more plans in turn than a lane keeps graphs of")
 
-    def _replay(self, graph: torch.cuda.CUDAGraph, scale: Scale) -> None:
-        if scale.generator is None:
+    def _replay(self, graph: torch.cuda.CUDAGraph, generator: torch.Generator | None) -> None:
+        if generator is None:
             graph.replay()
             return
         assert self._generator is not None
-        self._generator.set_state(scale.generator.get_state())
+        self._generator.set_state(generator.get_state())
         graph.replay()
-        scale.generator.set_state(self._generator.get_state())
+        generator.set_state(self._generator.get_state())
 
-    def _moved(self, scale: Scale, known: _Captured, args: Sequence[Any]) -> str | None:
+    def _moved(self, scale: Scale, known: Captured, args: Sequence[Any]) -> str | None:
         """Put the moving arguments in place; why the graph cannot be replayed with them, None if it can.
 
         Each tensor is looked at once in a generation: the same object later in it is taken to be where it was.
@@ -195,56 +279,85 @@ class Lane:
         program = scale.key[0]
         checked = program in self._checked
         self._checked.add(program)
-        for i, (a, b, place) in enumerate(zip(args, known.inputs, known.places, strict=True)):
-            if (checked and a is b) or i in scale.moving:
-                continue
-            if a is b and isinstance(a, Tensor) and a.data_ptr() == place[0]:
-                continue  # Dynamo guards the sizes and strides of what it holds itself
-            if _place(a) != place:
+        given = [args[i] for i in known.still]
+        # Dynamo guards the sizes and strides of what it holds itself.
+        same = all(map(is_, given, known.held)) and (checked or _pointers(given) == known.pointers)
+        for a, b, place in () if same else zip(given, known.held, known.places, strict=True):
+            if not (checked and a is b) and _place(a) != place:
                 kind = (
                     "a weight or a cache is not where it was" if isinstance(a, Tensor) else "a size is not what it was"
                 )
                 return f"{kind} at capture"
-        _, fresh = self._put(scale, args)
+        fresh = self._refill(known.moving, args)
         return "the condition changed between scales" if fresh and known.reused else None
 
-    def _put(self, scale: Scale, args: Sequence[Any]) -> tuple[list[Any], bool]:
-        """The arguments at their fixed places, and whether the condition was put there anew.
-
-        Programs that are first given the same tensor share a place, and it is copied once for all of them.
-        """
-        fixed, fresh, taken = list(args), False, set()
+    def _put(self, scale: Scale, args: Sequence[Any]) -> tuple[list[Any], bool, tuple[Moving, ...]]:
+        """The arguments at their fixed places, whether the condition was put there anew, and what was put."""
+        moving, taken = [], set()
         for i in scale.moving:
             a = args[i]
             name = (scale.key[0], i, tuple(a.shape), a.stride(), a.dtype)
             place = self._inputs.get(name)
             if place is None:
+                # Programs that are first given the same tensor share a place, and it is copied once for all of them.
                 place = self._held.get(id(a))
                 if place is None or id(place) in taken or not _unchanged(a, self._sources.get(id(place))):
                     with torch.inference_mode(False):
                         place = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
                 self._inputs[name] = place
             taken.add(id(place))
-            if not _unchanged(a, self._sources.get(id(place))):
-                place.copy_(a)
-                # Holding the source keeps its address from being taken by another tensor.
-                self._sources[id(place)] = (a, -1 if a.is_inference() else a._version)
-                self._held[id(a)] = place
-                self._copies[id(place)] = self._copies.get(id(place), 0) + 1
-            count = self._copies[id(place)]
-            fresh = fresh or (i in scale.condition and self._read.get(name) != count)
-            self._read[name] = count
+            moving.append(Moving(i, place, id(place), name if i in scale.condition else None))
+        fixed = list(args)
+        for i, place, _, _ in moving:
             fixed[i] = place
-        return fixed, fresh
+        return fixed, self._refill(moving, args), tuple(moving)
 
-    def _hand_out(self, outputs: Sequence[Any]) -> list[Any]:
+    def _refill(self, moving: Sequence[Moving], args: Sequence[Any]) -> bool:
+        """Copy what changed to its place; whether that is so for a condition, since its program was last given it."""
+        fresh, sources = False, self._sources
+        for i, place, at, condition in moving:
+            a, source = args[i], sources.get(at)
+            if not (source is not None and a is source[0] and source[1] >= 0 and a._version == source[1]):
+                self._copy(a, place, source)
+            if condition is not None:
+                count = self._copies[at]
+                fresh = fresh or self._read.get(condition) != count
+                self._read[condition] = count
+        return fresh
+
+    def _copy(self, a: Tensor, place: Tensor, source: tuple[Tensor, int] | None) -> None:
+        if _unchanged(a, source):
+            return
+        at = id(place)
+        place.copy_(a)
+        # Holding the source keeps its address from being taken by another tensor.
+        self._sources[at] = (a, -1 if a.is_inference() else a._version)
+        self._held[id(a)] = place
+        self._copies[at] = self._copies.get(at, 0) + 1
+
+    def _settled(self, moving: Sequence[Moving], args: Sequence[Any]) -> bool:
+        """Whether the condition is in place, and its program was given it before."""
+        return all(
+            _unchanged(args[i], self._sources.get(at)) and self._read.get(condition) == self._copies[at]
+            for i, _, at, condition in moving
+            if condition is not None
+        )
+
+    def _hand_out(self, known: Captured) -> list[Any]:
         """The outputs, copied where the next replay would overwrite them under the caller."""
-        return [o.clone() if isinstance(o, Tensor) and o.data_ptr() not in self._owned else o for o in outputs]
+        outputs = list(known.outputs)
+        for i in known.copied:
+            outputs[i] = outputs[i].clone()
+        return outputs
 
 
 def _place(value: Any) -> Any:
     """Where a tensor is in memory; any other value itself."""
     return (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else value
+
+
+def _pointers(values: Sequence[Any]) -> tuple[int, ...]:
+    return tuple([v.data_ptr() for v in values if isinstance(v, Tensor)])
 
 
 def _unchanged(value: Tensor, source: tuple[Tensor, int] | None) -> bool:

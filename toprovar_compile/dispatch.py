@@ -8,6 +8,7 @@ and is counted.
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -47,6 +48,7 @@ from toprovar_compile.plan import DENSE, LayerAction, Plan
 from toprovar_compile.policies.decide import ENTROPY_SOURCE
 from toprovar_compile.policies.selection import kept_by_entropy, kept_tokens
 from toprovar_compile.policies.tokens import area_tables, resize_tokens
+from toprovar_compile.replay import StepReplays
 from toprovar_compile.report import GraphReport, counters, logger, ran
 from toprovar_compile.session import Session, current_session
 
@@ -258,14 +260,25 @@ class StepState:
     def __init__(self, session: Session | None, plan: Plan | None, count: int) -> None:
         self.session = session
         self.follow(plan)
-        self.layers = [LayerState() for _ in range(count)]
+        self._layers = [LayerState() for _ in range(count)]
+        self._restored: _Saved | None = None
         self.prologues: dict[Hashable, _Prologue] = {}
+        self.versions: dict[int, int] = {}
         key = (count, session.schedule if session else None)
         self.watch: Watch | None = session.store.get(WATCH) if session is not None else None
         self.lane = lanes.take(key) if session is not None else Lane()
+        self.replays = StepReplays(self)
         if session is not None:
             session.on_close.append(lambda: lanes.give(key, self.lane))
             session.store[ENTROPY_SOURCE] = lambda: [layer.entropy for layer in self.layers]
+
+    @property
+    def layers(self) -> list[LayerState]:
+        """The state of each layer."""
+        if self._restored is not None:  # made when it is looked at: between replayed scales nobody does
+            saved, self._restored = self._restored, None
+            self._layers = [replace(s, buffers=list(s.buffers), lengths=list(s.lengths)) for s in saved.layers]
+        return self._layers
 
     def follow(self, plan: Plan | None) -> None:
         """Go on with `plan`: the one of the generation, or an alternative of it that the image chose."""
@@ -281,7 +294,11 @@ class StepState:
 
     def restore(self, saved: _Saved) -> None:
         """Set what `save` returned; it stays as it is."""
-        self.layers = [replace(s, buffers=list(s.buffers), lengths=list(s.lengths)) for s in saved.layers]
+        self._restored = saved
+
+    def rewritten(self, weights: Sequence[Any]) -> bool:
+        """Whether one of these was written to since the generation first looked at it."""
+        return any([self.versions.setdefault(id(w), v) != v for w in weights if (v := _version(w)) >= 0])
 
 
 @dataclass(frozen=True)
@@ -360,8 +377,13 @@ class StepProgram:
         hints: Mapping[str, int],
         report: GraphReport,
         fixed: Collection[int] = (),
+        frame: types.CodeType | None = None,
     ) -> None:
-        """`fixed` are the positions of inputs that stay where they are in memory: weights and buffers."""
+        """`fixed` are the positions of inputs that stay where they are in memory: weights and buffers.
+
+        `frame` is the code that the graph was captured from, if running that does nothing but what the graph says.
+        """
+        self.fixed, self.frame = tuple(fixed), frame
         self.split, self.report = split, report
         self.layers = [self._bind(layer, inner, hints) for layer in split.layers]
         tokens = shape_of(placeholders(split.layers[0].piece.graph)[0].meta["val"])[1]
@@ -377,6 +399,7 @@ class StepProgram:
         self.moving = [
             i for i, name in enumerate(split.inputs) if i not in fixed and name not in caches and name not in sizes
         ]
+        self.hoisted = [i for i in fixed if split.inputs[i] in split.prologue.inputs]
         self.condition = [i for i in self.moving if split.inputs[i] in split.prologue.inputs]
         report.layers = [
             (b.name, b.cls.key, "tokens proven independent" if p.holds else f"not pruned: {p.reason}")
@@ -421,17 +444,15 @@ class StepProgram:
 
     def __call__(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
         """Run one scale. `plan` None runs every layer dense."""
-        ran(self.report)
-        self.report.plan = plan
-        if state.session is not None:
-            state.session.ran = state.session.scale
-            if plan is not state.plan:
-                state.follow(plan)
+        self.begin(plan, state)
         x = args[self.moving[0]] if self.moving else None
-        watched = state.watch is not None
-        if x is None or not x.is_cuda or state.session is None or watched or not self._graphable(plan):
+        if x is None or state.session is None or state.watch is not None or not self._graphable(plan, state, x):
             return self._run(args, plan, state)
-        state.session.graphs = state.lane.call
+        state.session.graphs, state.session.replays = state.lane.call, state.replays
+        if state.rewritten([args[i] for i in self.hoisted]):
+            # Graphs of later scales read what earlier ones made of the weights.
+            counters.add("cuda_graph_miss", "weights were changed between scales")
+            return self._run(args, plan, state)
         scale = Scale(
             (self, (state.digest, state.session.scale)),
             lambda given: self._run(given, plan, state),
@@ -441,14 +462,27 @@ class StepProgram:
             self.condition,
             group=state.digest,
         )
-        return state.lane.run(scale, args)
+        outputs = state.lane.run(scale, args)
+        state.replays.launched(self, state.lane.latest)
+        return outputs
+
+    def begin(self, plan: Plan | None, state: StepState) -> None:
+        """A scale is about to run, by `plan`."""
+        ran(self.report)
+        self.report.plan = plan
+        if state.session is not None:
+            state.session.ran = state.session.scale
+            if plan is not state.plan:
+                state.follow(plan)
 
     @staticmethod
-    def _graphable(plan: Plan | None) -> bool:
+    def _graphable(plan: Plan | None, state: StepState, x: Tensor) -> bool:
+        if not state.lane.recordable(x):
+            return False
         if plan is not None and plan.selection == "gumbel":
             counters.add("fallback", "no CUDA graphs: selection='gumbel' seeds a generator at each scale")
             return False
-        return not torch.cuda.is_current_stream_capturing()
+        return True
 
     def _run(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
         env: dict[str, Any] = dict(zip(self.split.inputs, args, strict=True))

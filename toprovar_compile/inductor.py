@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+import re
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -174,6 +175,90 @@ def _explain_failure(error: BaseException) -> None:
                 todo="install one (Debian: apt-get install g++), or use options={'inner': 'eager'}",
             ) from error
         cause = cause.__cause__ or getattr(cause, "inner_exception", None)
+
+
+# what Dynamo checks
+
+
+def pure_frame() -> types.CodeType | None:
+    """The code that Dynamo is compiling, for a backend that it calls; None where running it is more than its graph.
+
+    That is so where it changes what was there before (it appends to a list of the caller, sets an attribute), draws
+    random numbers in Python, goes on after a graph break, or computes with numbers that its arguments do not hold.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.variables.base import AttributeMutationNew, ValueMutationNew
+
+    try:
+        tx: Any = InstructionTranslator.current_tx()
+    except AttributeError:
+        tx = None
+    if tx is None:  # not called by Dynamo
+        return None
+    effects, reason = tx.output.side_effects, tx.output.compile_subgraph_reason
+    new = AttributeMutationNew, ValueMutationNew
+    changes = any(effects.is_modified(v) and not isinstance(v.mutation_type, new) for v in _tracked(effects))
+    if changes or effects.tensor_hooks or effects.save_for_backward or tx.output.random_calls:
+        return None
+    if reason is None or reason.graph_break or not _sizes_are_of_arguments(tx):
+        return None
+    code: types.CodeType = tx.f_code
+    return code
+
+
+def _tracked(effects: Any) -> Iterator[Any]:
+    return (v for v in effects.id_to_variable.values() if v.mutation_type is not None)
+
+
+def _sizes_are_of_arguments(tx: Any) -> bool:
+    """Whether the numbers that a captured graph was given are sizes of tensors that are, or lie in, arguments."""
+    names = tx.f_code.co_varnames[: tx.f_code.co_argcount]
+    own = names[:1] if names[:1] == ("self",) else ()
+    for sources in tx.output.shape_env.var_to_sources.values():
+        for source in sources:
+            name = source.name if isinstance(source.name, str) else source.name()
+            argument = re.match(r"L\['(\w+)'\]", name)
+            if (
+                argument is None
+                or argument[1] in own
+                or argument[1] not in names
+                or not re.search(r"\.(size|stride)\(\)", name)
+            ):
+                return False
+    return True
+
+
+def tensor_guard(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """A function of as many tensors: whether they are like these in what Dynamo guards, and no two of them the same.
+
+    That is type, dispatch keys (so inference mode), dtype, device, whether a gradient is wanted, sizes and strides.
+    """
+    from torch._C._dynamo import guards
+
+    make: Any = guards.TensorGuards
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    check: Callable[..., bool] = make(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return check
+
+
+def mode_guard() -> Callable[[], bool]:
+    """A function: whether the modes that Dynamo guards are those of now.
+
+    They are gradients, autocast, determinism, the default dtype, and the modes that intercept functions and operators.
+    """
+    from torch._C._dynamo.guards import GlobalStateGuard
+
+    guard, now = GlobalStateGuard(), _stacks()
+    return lambda: guard.check() and _stacks() == now
+
+
+def _stacks() -> tuple[Any, ...]:
+    from torch.overrides import _get_current_function_mode_stack
+    from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+    functions = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    operators = _get_current_dispatch_mode_stack()
+    return torch.is_inference_mode_enabled(), *map(id, functions), None, *map(id, operators)
 
 
 # what the compiler tells about itself

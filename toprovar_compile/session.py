@@ -10,7 +10,7 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -31,6 +31,16 @@ IMAGE_SINK = "image"
 """Key in `Session.store` of a callable that is given the images of a generation."""
 
 
+class Replays(Protocol):
+    """How compiled steps run a scale again that they have run before; see `toprovar_compile.replay`."""
+
+    def replay(self, run: Callable[..., Any], args: Sequence[Any]) -> Any:
+        """What `run(*args)` returns, or None where it has to run."""
+
+    def learn(self, run: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
+        """`run(*args)` ran and returned `result`."""
+
+
 @dataclass
 class Session:
     """One generation. `scale` is the scale in progress; `plan` is bound by the first compiled step, None in eager mode,
@@ -40,7 +50,7 @@ class Session:
     model puts into its caches before the first scale, in a step while `scale` is -1.
     `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
     the generation ends, however it ends, and `store` is then emptied. `graphs` is how they launch a part of the
-    generation as a CUDA graph.
+    generation as a CUDA graph, and `replays` how they run a scale that was one before.
     """
 
     schedule: ScaleSchedule
@@ -53,6 +63,21 @@ class Session:
     store: dict[str, Any] = field(default_factory=dict)
     on_close: list[Callable[[], None]] = field(default_factory=list)
     graphs: Callable[..., Sequence[Tensor]] | None = None
+    replays: Replays | None = None
+
+    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    def step(self, run: Callable[..., Any], *args: Any) -> Any:
+        """`run(*args)`: one scale through all layers, in a method of the model that is compiled when it is called.
+
+        A model runs its steps through this, so that a scale that was launched as a CUDA graph before can be launched
+        again without the compiler's checks of everything that cannot have changed since.
+        """
+        if self.replays is not None and (result := self.replays.replay(run, args)) is not None:
+            return result
+        result = run(*args)
+        if self.replays is not None:
+            self.replays.learn(run, args, result)
+        return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def launch(

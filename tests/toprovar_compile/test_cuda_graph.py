@@ -17,9 +17,9 @@ from toprovar_compile.report import counters
 class Recording:
     """Stands in for a captured graph: replaying runs the same function on the same memory."""
 
-    def __init__(self, lane: Lane, scale: Scale, fixed: list[Any], outputs: list[Any]) -> None:
+    def __init__(self, scale: Scale, fixed: list[Any], outputs: list[Any]) -> None:
         self.scale, self.fixed, self.outputs = scale, fixed, outputs
-        self.replays = 0
+        self.replays = -1  # a capture launches the graph once
 
     def replay(self) -> None:
         self.replays += 1
@@ -31,18 +31,12 @@ class Recording:
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Recording]]:
     made: list[Recording] = []
 
-    def capture(lane: Lane, key: Any, scale: Scale, args: Any) -> list[Any]:
-        fixed, fresh = lane._put(scale, args)
-        outputs = [out.clone() for out in scale(fixed)]
-        made.append(Recording(lane, scale, fixed, outputs))
-        places = [cuda_graph._place(a) for a in fixed]
-        lane._graphs[key] = cuda_graph._Captured(made[-1], fixed, places, outputs, None, not fresh)  # type: ignore[arg-type]
-        lane._groups[scale.group].add(key)
-        lane._free_groups()
-        return lane._hand_out(outputs)
+    def record(lane: Lane, scale: Scale, fixed: Any) -> tuple[Recording, list[Any]]:
+        made.append(Recording(scale, list(fixed), [out.clone() for out in scale(fixed)]))
+        return made[-1], made[-1].outputs
 
-    monkeypatch.setattr(Lane, "_capture", capture)
-    monkeypatch.setattr(Lane, "_replay", lambda lane, graph, scale: graph.replay())
+    monkeypatch.setattr(Lane, "_record", record)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
     counters.reset()
     yield made
     counters.reset()

@@ -299,7 +299,8 @@ class Infinity(nn.Module):
                     if options.guidance.on and not session.guided():
                         start, options, x, keys, values = self._conditional_half(start, options, x, keys, values)
                     cos, sin, matrix = self._of_scale(s, grids, options, x)
-                    logits, keys, values = self.step(
+                    logits, keys, values = session.step(
+                        self.step,
                         x,
                         start.cond,
                         start.mod,

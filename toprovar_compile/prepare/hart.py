@@ -202,7 +202,7 @@ class PreparedHART(nn.Module):
             image, f_hat, x, cos, sin = self._begin(
                 B, label_B, g_seed, cfg, top_p, more_smooth, context_position_ids, context_mask
             )
-            logits, _, keys, values = self.step(x, image.condition, image.text, cos, sin, [], [])
+            logits, _, keys, values = session.step(self.step, x, image.condition, image.text, cos, sin, [], [])
             f_hat, x = self._advance(0, logits[:, -1:], f_hat, image)
             last = len(self.schedule) - 1
             for s in session.scales():
@@ -210,14 +210,18 @@ class PreparedHART(nn.Module):
                     image, x, keys, values = self._conditional_half(B, image, x, keys, values)
                 if s < last:
                     cos, sin = self._rope(x, s, image, None)
-                    logits, _, keys, values = self.step(x, image.condition, image.text, cos, sin, keys, values)
+                    logits, _, keys, values = session.step(
+                        self.step, x, image.condition, image.text, cos, sin, keys, values
+                    )
                     f_hat, x = self._advance(s + 1, logits, f_hat, image)
                     decide(session, f_hat, self._decode)
                     continue
                 tokens = x.new_zeros(B, x.shape[1], model.Cvae, dtype=torch.float32)
                 for chosen in self._masks(B, num_maskgit_iters, x.shape[1], x.device):
                     part, cos, sin = self._masked(x, s, image, chosen)
-                    logits, hidden, keys, values = self.step(part, image.condition, image.text, cos, sin, keys, values)
+                    logits, hidden, keys, values = session.step(
+                        self.step, part, image.condition, image.text, cos, sin, keys, values
+                    )
                     tokens = self._fill(tokens, chosen, logits, hidden, image, final_stage)
                 side = model.patch_nums[-1]
                 f_hat = (f_hat + tokens.transpose(1, 2).reshape(B, model.Cvae, side, side)).to(f_hat.dtype)
