@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from toprovar_compile.options import Options
-from toprovar_compile.passes import DYNAMO_PASSES, PASSES_OF_A_VARIANT
+from toprovar_compile.passes import DYNAMO_PASSES, PASSES_OF_A_VARIANT, Outline
 from toprovar_compile.passes._base import switched_off
 
 PRUNING, INDUCTOR = "prune_tokens", "inductor"
@@ -17,6 +17,7 @@ PRUNING, INDUCTOR = "prune_tokens", "inductor"
 
 STAGES = (
     *(entry.run.__name__ for entry in DYNAMO_PASSES),
+    Outline.outline_layers.__name__,
     *(entry.run.__name__ for entry in PASSES_OF_A_VARIANT),
     PRUNING,
     INDUCTOR,
