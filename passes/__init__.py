@@ -1,7 +1,8 @@
 """Graph passes, one file each, run in the order of a literal list.
 
-A step passes through them like this: attention is rewritten on the captured graph; the functional graph is split at the
-residual stream; of each class of layers the cache is rewritten and the token axis proven; variants are made from that.
+A step passes through them like this: attention is rewritten on the captured graph, and equal layers are taken out of it
+until it is functional; the functional graph is split at the residual stream; of each class of layers the cache is
+rewritten and the token axis proven; variants are made from that.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from toprovar_compile.passes._graph import copy_graph, output_values, placeholde
 from toprovar_compile.passes._symbols import shape_of, symbols_of
 from toprovar_compile.passes.drop_unread_entropy import check_drop_unread_entropy, drop_unread_entropy, read_entropy
 from toprovar_compile.passes.fuse_gelu import check_fuse_gelu, fuse_gelu
+from toprovar_compile.passes.outline_layers import Outline, check_inline_layers, check_outline_layers
 from toprovar_compile.passes.prove_token_axis import TokenProof, prove_token_axis
 from toprovar_compile.passes.prune_tokens import prune_tokens
 from toprovar_compile.passes.restore_tokens import restore_tokens
@@ -42,6 +44,7 @@ __all__ = [
     "DYNAMO_PASSES",
     "PASSES_OF_A_VARIANT",
     "Layer",
+    "Outline",
     "Pass",
     "PassContext",
     "PassReport",
@@ -49,6 +52,8 @@ __all__ = [
     "SplitStep",
     "TokenProof",
     "attention_forms",
+    "check_inline_layers",
+    "check_outline_layers",
     "check_split_layers",
     "check_write_kv_cache",
     "copy_graph",

@@ -78,7 +78,7 @@ def split_layers(gm: GraphModule) -> SplitStep:
     if not attention:
         raise UnsupportedGraphError("the graph has no attention", where="split_layers")
     refusals = []
-    for paths in _layer_paths(attention):
+    for paths in layer_paths(attention):
         try:
             return _cut(gm, paths)
         except UnsupportedGraphError as refusal:
@@ -167,14 +167,15 @@ _PARTS = (torch.ops.aten.slice.Tensor, torch.ops.aten.select.int)
 def module_path(node: Node) -> str:
     """The path of the module that made the node, "blocks.0.attn", or ""."""
     stack = node.meta.get("nn_module_stack")
-    return _clean(next(reversed(stack.values()))[0]) if stack else ""
+    return clean_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
-def _clean(path: str) -> str:
+def clean_path(path: str) -> str:
+    """A path of `nn_module_stack` as `get_submodule` takes it."""
     return re.sub(r"\['?([^\]']+)'?\]", r".\1", path.removeprefix("L['self']")).replace("_modules.", "").strip(".")
 
 
-def _layer_paths(attention: Sequence[Node]) -> Iterable[tuple[str, ...]]:
+def layer_paths(attention: Sequence[Node]) -> Iterable[tuple[str, ...]]:
     """Candidate sets of layer paths, the deepest numbered modules first."""
     chains = []
     for node in attention:

@@ -16,13 +16,17 @@ from toprovar_compile.cuda_graph import Scale
 from toprovar_compile.dispatch import StepProgram, current_lane, state_of
 from toprovar_compile.dump import Dump
 from toprovar_compile.errors import UnsupportedGraphError
-from toprovar_compile.inductor import compile_plain, pure_frame
+from toprovar_compile.inductor import compile_plain, functionalise, pure_frame
 from toprovar_compile.kernels import fae
 from toprovar_compile.options import Options
 from toprovar_compile.passes import (
     DYNAMO_PASSES,
+    Outline,
+    Pass,
     PassContext,
     attention_forms,
+    check_inline_layers,
+    check_outline_layers,
     check_split_layers,
     copy_graph,
     run_passes,
@@ -87,8 +91,16 @@ def _compile_step(
     binder = PlanBinder(opts)
     fixed = fixed_inputs([n for n in gm.graph.nodes if n.op == "placeholder"])
     frame = pure_frame() if dump.recorder is None else None  # a recorder wants to see every step
+    outline = Outline(functionalise)
+    outlining = Pass(outline.outline_layers, check_outline_layers)
+    for taken_out in run_passes(gm, (outlining,), PassContext(observe=dump.observe)):
+        report.passes.append(str(taken_out))
+        for reason, count in taken_out.skipped.items():
+            counters.add("skipped", f"outline_layers: {reason.value}", count)
 
     def compile_functional(functional: GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        outline.inline_layers(functional)
+        check_inline_layers(functional)
         dump.graph("functional", functional)
         split = split_layers(functional)
         check_split_layers(functional, split)
@@ -106,9 +118,10 @@ def _compile_step(
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
-    return aot_module_simplified(  # type: ignore[no-any-return]
-        gm, example_inputs, fw_compiler=compile_functional, inference_compiler=compile_functional
-    )
+    with outline.traced():
+        return aot_module_simplified(  # type: ignore[no-any-return]
+            gm, example_inputs, fw_compiler=compile_functional, inference_compiler=compile_functional
+        )
 
 
 def _plain(

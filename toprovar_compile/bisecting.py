@@ -14,7 +14,7 @@ from torch.fx import GraphModule
 
 from toprovar_compile.errors import OptionError
 from toprovar_compile.options import Options
-from toprovar_compile.passes import DYNAMO_PASSES, PASSES_OF_A_VARIANT
+from toprovar_compile.passes import DYNAMO_PASSES, PASSES_OF_A_VARIANT, Outline
 from toprovar_compile.passes._base import switched_off
 
 PRUNING, INDUCTOR = "prune_tokens", "inductor"
@@ -22,6 +22,7 @@ PRUNING, INDUCTOR = "prune_tokens", "inductor"
 
 STAGES = (
     *(entry.run.__name__ for entry in DYNAMO_PASSES),
+    Outline.outline_layers.__name__,
     *(entry.run.__name__ for entry in PASSES_OF_A_VARIANT),
     PRUNING,
     INDUCTOR,

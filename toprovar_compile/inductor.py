@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import sympy
 import torch
+from functorch.compile import aot_module_simplified
 from torch import Tensor
 from torch._dynamo.source import ConstantSource
 from torch._guards import TracingContext, tracing
@@ -101,6 +102,31 @@ def _compile(
             found.append(sympy.Ge(sympy.Symbol(name, integer=True), lower))
     relations = tuple(dict.fromkeys(e.xreplace(names) for e in found if e is not sympy.true))
     return call, relations
+
+
+def functionalise(gm: GraphModule, values: Sequence[Any]) -> GraphModule | None:
+    """The functional ATen graph of a part `gm` of the graph that is being compiled; only forward. None outside of that.
+
+    `values` are its inputs' example values: fake tensors and sizes. What is assumed about them goes to their ShapeEnv.
+    """
+    context = TracingContext.try_get()
+    mode = context.fake_mode if context is not None else None
+    if mode is None:
+        return None
+    graphs: list[GraphModule] = []
+
+    def keep(functional: GraphModule, _: Any) -> Callable[..., Any]:
+        graphs.append(functional)
+        return functional.forward
+
+    with mode, torch.no_grad():
+        given = [
+            torch.empty_strided(v.shape, v.stride(), dtype=v.dtype, device=v.device) if isinstance(v, Tensor) else v
+            for v in values
+        ]
+    with tracing(TracingContext(mode)), torch.no_grad():
+        aot_module_simplified(gm, given, fw_compiler=keep, inference_compiler=keep)
+    return graphs[0]
 
 
 def compile_plain(gm: GraphModule, inputs: Sequence[Any], inner: Inner) -> Callable[..., Any]:

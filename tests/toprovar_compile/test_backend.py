@@ -380,7 +380,11 @@ def test_explain(fast: Any, model: VAR) -> None:
     torch.testing.assert_close(report.result, reference(model, seed=3), **TOLERANCE)
     steps = [g for g in report.graphs if g.kind == "step"]
     assert [g.kind for g in report.graphs] == ["step"] * STEP_FRAMES + ["plain"]
-    assert steps[0].passes == ["attention: 3 x scaled_dot_product_attention", "rewrite_attention: 3 rewritten"]
+    assert steps[0].passes == [
+        "attention: 3 x scaled_dot_product_attention",
+        "rewrite_attention: 3 rewritten",
+        "outline_layers: 3 rewritten",
+    ]
     assert [[name.rpartition("self.")[2] for name, _, _ in g.layers] for g in steps] == [
         [f"blocks.{i}" for i in range(3)]
     ] * STEP_FRAMES

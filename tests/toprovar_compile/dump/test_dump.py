@@ -94,8 +94,9 @@ def test_files(folder: Path, made: tuple[Path, Plan, Tensor, Tensor]) -> None:
     steps = sorted(f for f in folder.glob("graph_*") if re.fullmatch(r"graph_\d", f.name))
     assert len(steps) == 4, "three forms of the step, and the decoder"
     names = {f.name for f in steps[2].iterdir()}
-    layers = {f"005_write_kv_cache.{f.name}.diff" for f in folder.glob("layer_*")}
-    assert {"000_captured.py", "002_rewrite_attention.diff", "003_functional.py", "repro.py"} <= names
+    layers = {f"006_write_kv_cache.{f.name}.diff" for f in folder.glob("layer_*")}
+    passes = {"002_rewrite_attention.diff", "003_outline_layers.diff"}
+    assert passes | {"000_captured.py", "004_functional.py", "repro.py"} <= names
     assert len(layers & names) == 1
     for file in folder.rglob("*.py"):
         ast.parse(file.read_text(encoding="utf-8"))
