@@ -399,7 +399,7 @@ def test_casts_of_weights_that_a_condition_alone_reads_are_not_kept(
         kept.extend(out.shape for part in state.prologues.values() for out in part.outputs)
 
     monkeypatch.setattr(StepProgram, "_run_prologue", watched)
-    fast = torch.compile(model, backend="toprovar", options={"plan": "dense", "inner": "eager"})
+    fast = compile_steps(model, {"plan": "dense", "inner": "eager"})
     with torch.autocast("cpu", dtype=torch.bfloat16):
         images = fast(torch.tensor([1]), seed=0)
         torch.testing.assert_close(images, model(torch.tensor([1]), seed=0), atol=0.1, rtol=0)
@@ -421,7 +421,7 @@ def test_nothing_of_a_generation_waits_for_the_garbage_collector(
     monkeypatch.setattr(StepState, "__init__", watched)
     model = make_var()
     plan = Plan.keep_share(model.schedule, 3, 0.5, 3, bucket=1)
-    fast = torch.compile(model, backend="toprovar", options={"plan": plan, "inner": "eager"})
+    fast = compile_steps(model, {"plan": plan, "inner": "eager"})
     with torch.autocast("cpu", dtype=torch.bfloat16):  # casts of all weights are part of the state
         fast(labels, seed=0)  # compiling leaves references of its own
         gc.disable()
