@@ -50,9 +50,15 @@ class StepReplays:
     """What the steps of one generation need to be replayed; what is learnt is kept in the generation's lane."""
 
     def __init__(self, state: StepState) -> None:
-        self._state = state
+        self._owner = weakref.ref(state)  # which holds this: what a generation had is freed at its end
         self._checked: dict[StepProgram, _Checked] = {}
         self._latest: tuple[StepProgram, Launch] | None = None
+
+    @property
+    def _state(self) -> StepState:
+        state = self._owner()
+        assert state is not None
+        return state
 
     def launched(self, program: StepProgram, launch: Launch | None) -> None:
         """A program ran, as this graph if it was one."""
