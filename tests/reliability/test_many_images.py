@@ -57,6 +57,9 @@ def test_images_in_a_row(fast: Callable[..., Tensor], model: VAR) -> None:
     generate(10)  # both batch sizes, and what the allocator keeps
     before, memory = _counts(), _resident_kib()
     generate(IMAGES)
-    assert _counts() == before
+    after = _counts()
+    # What earlier tests left may go at any time.
+    assert after.pop("tensors") <= before.pop("tensors")
+    assert after == before
     assert _resident_kib() - memory < GROWTH_KIB
     assert current_session() is None
