@@ -147,7 +147,7 @@ def test_folder_round_trip(tiny_var: VAR, tmp_path: Path) -> None:
 def test_unknown_model_gets_the_nearest_name() -> None:
     with pytest.raises(OptionError, match="did you mean 'emoji-var'"):
         models.load("emojivar")
-    with pytest.raises(OptionError, match="one of emoji-var"):
+    with pytest.raises(OptionError, match="one of emoji-infinity, emoji-var"):
         models.load("something")
 
 
