@@ -253,15 +253,11 @@ def _home(nodes: Sequence[Node], path: str) -> str:
 def _refusal(window: _Window) -> OutlineSkip | None:
     opened: set[Node] = set()
     for n in window.nodes:
-        name = op_name(n)
-        if name == "_enter_autocast":
-            opened.add(n)
-        elif name == "_exit_autocast":
-            if n.args[0] not in opened:
-                return OutlineSkip.IN_PLACE
-            opened.discard(n.args[0])
-        elif name in _BY_MEMORY:
+        if op_name(n) == "_exit_autocast" and n.args[0] not in opened:
+            return OutlineSkip.IN_PLACE
+        if op_name(n) in _BY_MEMORY:
             return OutlineSkip.VALUE
+        _follow_autocast(n, opened)
     if opened or _autocast_around(window):
         return OutlineSkip.IN_PLACE
     values = [n.meta.get("example_value") for n in window.inputs]
@@ -279,15 +275,18 @@ def _refusal(window: _Window) -> OutlineSkip | None:
 def _autocast_around(window: _Window) -> bool:
     """Whether the step has entered autocast before the layer and leaves it later."""
     opened: set[Node] = set()
-    for n in window.nodes[0].graph.nodes:
-        if n is window.nodes[0]:
-            break
-        name = op_name(n)
-        if name == "_enter_autocast":
-            opened.add(n)
-        elif name == "_exit_autocast":
-            opened.discard(n.args[0])
+    for n in itertools.takewhile(lambda n: n is not window.nodes[0], window.nodes[0].graph.nodes):
+        _follow_autocast(n, opened)
     return bool(opened)
+
+
+def _follow_autocast(node: Node, opened: set[Node]) -> None:
+    """Keep `opened` the nodes that entered the autocast regions which are open after `node`."""
+    name = op_name(node)
+    if name == "_enter_autocast":
+        opened.add(node)
+    elif name == "_exit_autocast":
+        opened.discard(node.args[0])
 
 
 def _is_plain(value: object) -> bool:

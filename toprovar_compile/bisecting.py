@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from toprovar_compile.errors import OptionError
+from toprovar_compile.measure import forget_compiled
 from toprovar_compile.options import Options
 from toprovar_compile.passes import DYNAMO_PASSES, PASSES_OF_A_VARIANT, Outline
 from toprovar_compile.passes._base import switched_off
@@ -123,14 +124,14 @@ def differs(module: nn.Module, inputs: Sequence[Any], inner: str = "inductor", t
     from toprovar_compile.backend import toprovar
 
     expected = module(*inputs)
-    _forget()
+    forget_compiled()
     try:
         compiled: Any = torch.compile(module, backend=toprovar, options={"plan": "dense", "inner": inner})
         found = compiled(*inputs)
     except Exception:
         return True
     finally:
-        _forget()
+        forget_compiled()
     pairs = zip(_tensors(expected), _tensors(found), strict=True)
     return any(_off(a, b) > tolerance for a, b in pairs)
 
@@ -160,9 +161,9 @@ def _captured(module: nn.Module, inputs: Sequence[Any]) -> tuple[GraphModule, li
 
         return run
 
-    _forget()
+    forget_compiled()
     torch.compile(module, backend=backend, fullgraph=True)(*inputs)
-    _forget()
+    forget_compiled()
     ((gm, args),) = found
     return gm, args
 
@@ -180,7 +181,7 @@ def limited(options: Options) -> Options:
 
 
 def _passes(fn: Callable[[], Any], check: Callable[[Any], bool], off: frozenset[str]) -> bool:
-    _forget()
+    forget_compiled()
     token = switched_off.set(off)
     try:
         return bool(check(fn()))
@@ -188,11 +189,4 @@ def _passes(fn: Callable[[], Any], check: Callable[[Any], bool], off: frozenset[
         return False
     finally:
         switched_off.reset(token)
-        _forget()
-
-
-def _forget() -> None:
-    from toprovar_compile.dispatch import reset
-
-    torch.compiler.reset()
-    reset()
+        forget_compiled()

@@ -19,7 +19,7 @@ import typer
 
 from toprovar_compile import measure
 from toprovar_compile.evaluate.detector import Detector, load_detector
-from toprovar_compile.evaluate.emoji_eval import Entry, judge
+from toprovar_compile.evaluate.emoji_eval import Entry, reasons
 from toprovar_compile.evaluate.intervals import mean_interval
 from toprovar_compile.models.emoji_infinity import EmojiInfinity
 from toprovar_compile.models.loading import load_folder
@@ -46,8 +46,7 @@ def share_right(model: EmojiInfinity, detector: Detector, entries: list[Entry], 
     for start in range(0, len(entries), batch):
         part = entries[start : start + batch]
         images = model([e.prompt for e in part], seed=start).float().cpu().clamp(0, 1)
-        found = detector.find(images)
-        right += [float(not judge(f, e)) for f, e in zip(found, part, strict=True)]
+        right += [float(not reason) for reason in reasons(images, part, detector)]
     return torch.tensor(right, dtype=torch.float64)
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters as compile_counters
 
 from toprovar_compile import dispatch
+from toprovar_compile.bench.host import stand_ins
 from toprovar_compile.cuda_graph import Lane, Scale
 from toprovar_compile.decision import Decision
 from toprovar_compile.inductor import mode_guard, pure_frame, tensor_guard
@@ -74,11 +75,7 @@ def _graphs_on_the_cpu() -> Iterator[None]:
 
     torch.compiler.reset()
     dispatch.reset()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lane, "_record", record)
-        patch.setattr(Lane, "_replay", lambda lane, graph, generator: graph.replay(generator))
-        patch.setattr(Lane, "recordable", staticmethod(lambda x: True))
-        patch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 0))
+    with stand_ins(record):
         yield
     dispatch.reset()
     torch.compiler.reset()

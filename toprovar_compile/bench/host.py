@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ from toprovar_compile.session import Session
 
 
 class _Nothing:
-    def replay(self) -> None:
+    def replay(self, generator: torch.Generator | None) -> None:
         """Launch nothing."""
 
 
@@ -34,18 +35,19 @@ def _record(lane: Lane, scale: Scale, fixed: Any) -> tuple[Any, list[Any]]:
 
 
 @contextmanager
-def stand_ins() -> Iterator[None]:
-    """Steps on the CPU are recorded and launched as on a CUDA device; a launch does nothing: images are arbitrary."""
-    before = Lane._record, Lane.recordable, Lane._replay, torch.cuda.graph_pool_handle
-    patched: Any = Lane
-    patched._record, patched.recordable = _record, staticmethod(lambda x: True)
-    patched._replay = lambda lane, graph, generator: graph.replay()
-    torch.cuda.graph_pool_handle = lambda: (0, 0)  # type: ignore[assignment, return-value]
-    try:
+def stand_ins(record: Callable[[Lane, Scale, Any], tuple[Any, list[Any]]] = _record) -> Iterator[None]:
+    """Steps on the CPU are recorded and launched as on a CUDA device, without one.
+
+    `record(lane, scale, inputs)` makes a graph, whose `replay(generator)` launches it, and its outputs; by default a
+    launch does nothing, and images are arbitrary.
+    """
+    with (
+        patch.object(Lane, "_record", record),
+        patch.object(Lane, "_replay", lambda lane, graph, generator: graph.replay(generator)),
+        patch.object(Lane, "recordable", staticmethod(lambda x: True)),
+        patch.object(torch.cuda, "graph_pool_handle", lambda: (0, 0)),
+    ):
         yield
-    finally:
-        patched._record, patched.recordable, patched._replay, torch.cuda.graph_pool_handle = before
-        patched.recordable = staticmethod(before[1])
 
 
 def measure(depth: int, images: int = 9) -> dict[str, list[float]]:
@@ -58,8 +60,7 @@ def measure(depth: int, images: int = 9) -> dict[str, list[float]]:
     compiled = compile_steps(model, {"inner": "eager", "plan": "dense"})
     text = [torch.randn(7, cfg.text_channels)]
     seconds: list[float] = []
-    original, replay = Session.step, StepReplays.replay
-    patched: Any = Session
+    original: Any = Session.step
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def timed(session: Session, run: Any, *args: Tensor) -> Any:
@@ -73,22 +74,17 @@ def measure(depth: int, images: int = 9) -> dict[str, list[float]]:
         compiled(text, seed=0)
         return [1e6 * s for s in seconds]
 
-    found = {}
-    with stand_ins():
-        patched.step = timed
+    def least() -> list[float]:
+        for _ in range(3):
+            image()
+        gc.collect()
+        gc.disable()
         try:
-            for way in ("through Dynamo", "replayed"):
-                StepReplays.replay = replay if way == "replayed" else _never  # type: ignore[method-assign]
-                for _ in range(3):
-                    image()
-                gc.collect()
-                gc.disable()
-                found[way] = [min(scale) for scale in zip(*[image() for _ in range(images)], strict=True)]
-                gc.enable()
+            return [min(scale) for scale in zip(*[image() for _ in range(images)], strict=True)]
         finally:
-            patched.step, StepReplays.replay = original, replay  # type: ignore[method-assign]
-    return found
+            gc.enable()
 
-
-def _never(*_: Any) -> None:
-    return None
+    with stand_ins(), patch.object(Session, "step", timed):
+        with patch.object(StepReplays, "replay", lambda *_: None):
+            through_dynamo = least()
+        return {"through Dynamo": through_dynamo, "replayed": least()}

@@ -27,7 +27,7 @@ from toprovar_compile.evaluate import candidates
 from toprovar_compile.evaluate.candidates import Candidate
 from toprovar_compile.evaluate.detector import load_detector
 from toprovar_compile.evaluate.draw import Worst, plot
-from toprovar_compile.evaluate.emoji_eval import Entry, judge, load_prompts, summarise
+from toprovar_compile.evaluate.emoji_eval import Entry, load_prompts, reasons, summarise
 from toprovar_compile.evaluate.images import generate, numbers
 from toprovar_compile.evaluate.intervals import Interval, frontier, mean_interval, resamples
 from toprovar_compile.evaluate.quality import closeness
@@ -46,7 +46,6 @@ _TRAINING_SEED, _SEARCH_SEED = 10_000, 20_000  # so that seeds of training, sear
 _TUNED = 10  # plans of a search that are compared
 _TIMED = 8  # images timed for each plan, after as many untimed as compile and record
 _WARMUP = 3
-_READ = 64  # images that the detector reads at a time
 _PRECISION = {"cpu": "float32", "cuda": "float32, convolutions of the decoder in TF32"}
 _BFLOAT16 = "bfloat16"  # of an Infinity on a GPU, as it is used
 _DRAWS = 1000
@@ -325,23 +324,17 @@ def _readers(entries: Sequence[Entry], unpruned: Tensor, device: torch.device) -
     detector = load_detector(device=device)
 
     def right(images: Tensor) -> Tensor:
-        found = zip(detector.find(images), entries, strict=True)
-        return torch.tensor([float(not judge(f, e)) for f, e in found])
+        return torch.tensor([float(not reason) for reason in reasons(images, entries, detector)])
 
-    def embedded(images: Tensor) -> Tensor:
-        return torch.cat([detector.embed(part) for part in torch.split(images, _READ)])
-
-    wanted, known = right(unpruned), embedded(unpruned)
+    wanted, known = right(unpruned), detector.embed(unpruned)
 
     def said(images: Tensor) -> dict[str, Any]:
         marks = right(images)
-        pairs = zip(torch.split(images, _READ), torch.split(unpruned, _READ), strict=True)
-        distance = torch.cat([detector.distance(a, b) for a, b in pairs])
         return {
             "scores": {k: asdict(v) for k, v in summarise(entries, marks.tolist()).items()},
             "minus_unpruned": asdict(summarise(entries, (marks - wanted).tolist())["overall"]),
-            "feature_distance": asdict(mean_interval(distance)),
-            "frechet": frechet_distance(known, embedded(images)),
+            "feature_distance": asdict(mean_interval(detector.distance(images, unpruned))),
+            "frechet": frechet_distance(known, detector.embed(images)),
         }
 
     return said

@@ -22,6 +22,7 @@ STRIDE = 8
 FOLDER = Path(__file__).parents[1] / "models" / "weights" / "emoji_eval"
 _CANDIDATES = 48  # peaks looked at in one picture
 _OVERLAP = 0.5  # boxes that overlap more are one object
+_CHUNK = 64  # pictures looked at together
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ class Detector(nn.Module):
                 expected="floats (B, 3, H, W) in 0..1",
             )
         out: list[list[Found]] = []
-        for x in torch.split(images, 64):
+        for x in torch.split(images, _CHUNK):
             out += self.read(self(self._ready(x)).float().cpu(), threshold)
         return out
 
@@ -94,16 +95,20 @@ class Detector(nn.Module):
 
         As LPIPS does: squared differences of feature vectors of length 1, averaged over places, then over three maps.
         """
-        total = torch.zeros(len(a))
-        for x, y in zip(self.features(self._ready(a)), self.features(self._ready(b)), strict=True):
-            difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
-            total += difference.square().sum(1).mean((1, 2)).float().cpu() / 3
-        return total
+        parts = []
+        for some, others in zip(torch.split(a, _CHUNK), torch.split(b, _CHUNK), strict=True):
+            total = torch.zeros(len(some))
+            for x, y in zip(self.features(self._ready(some)), self.features(self._ready(others)), strict=True):
+                difference = F.normalize(x, dim=1) - F.normalize(y, dim=1)
+                total += difference.square().sum(1).mean((1, 2)).float().cpu() / 3
+            parts.append(total)
+        return torch.cat(parts)
 
     @torch.no_grad()
     def embed(self, images: Tensor) -> Tensor:
         """One vector an image (B, 3, H, W) in 0..1: its last feature map averaged over places, float32 (B, C), CPU."""
-        return self.features(self._ready(images))[-1].float().mean((2, 3)).cpu()
+        parts = (self.features(self._ready(x))[-1] for x in torch.split(images, _CHUNK))
+        return torch.cat([part.float().mean((2, 3)).cpu() for part in parts])
 
     def _ready(self, images: Tensor) -> Tensor:
         """Images in 0..1 as the network takes them."""

@@ -121,13 +121,18 @@ def grounds(images: Tensor) -> list[str]:
     return [list(GROUNDS)[i] for i in torch.cdist(middle, known).argmin(1).tolist()]
 
 
+def reasons(images: Tensor, entries: Sequence[Entry], detector: Detector, threshold: float = 0.3) -> list[str]:
+    """What is wrong with each of the images (N, 3, H, W) in 0..1, of N entries; empty where nothing is."""
+    return [judge(f, e) for f, e in zip(detector.find(images, threshold), entries, strict=True)]
+
+
 def score(images: Tensor, entry: Entry, detector: Detector, threshold: float = 0.3) -> dict[str, Any]:
     """How well images (N, 3, H, W) in 0..1 of one prompt do.
 
     `correct` has a bool and `wrong` a reason, empty where it is correct, for each image; `score` is the share that is.
     `ground` says for each whether it has the ground asked for, which the score leaves out, as GenEval would.
     """
-    wrong = [judge(found, entry) for found in detector.find(images, threshold)]
+    wrong = reasons(images, [entry] * len(images), detector, threshold)
     correct = [not reason for reason in wrong]
     ground = [name == entry.ground for name in grounds(images)]
     return {"score": sum(correct) / len(correct), "correct": correct, "wrong": wrong, "ground": ground}

@@ -21,7 +21,7 @@ from torch import Tensor
 from toprovar_compile.demo import to_image
 from toprovar_compile.errors import OptionError
 from toprovar_compile.evaluate.detector import Detector, load_detector
-from toprovar_compile.evaluate.emoji_eval import TASKS, Entry, grounds, judge, summarise
+from toprovar_compile.evaluate.emoji_eval import TASKS, Entry, grounds, reasons, summarise
 from toprovar_compile.evaluate.images import numbers
 from toprovar_compile.evaluate.intervals import mean_interval
 from toprovar_compile.evaluate.quality import closeness
@@ -96,20 +96,15 @@ def evaluate(
             seconds = (time.perf_counter() - begin) / batch
             images = _checked(images, batch)[:count]
             first = images if first is None else first
-            wrong = [
-                judge(found, entries[i])
-                for found, i in zip(detector.find(images, threshold), wanted[:count], strict=True)
-            ]
+            asked = [entries[i] for i in wanted[:count]]
             near, decibels = closeness(images, first)
             row[name] = {
-                "wrong": wrong,
+                "wrong": reasons(images, asked, detector, threshold),
                 "seconds": seconds,
                 "ssim": numbers(near),
                 "psnr": numbers(decibels, 3),
                 "distance": numbers(detector.distance(images, first)),
-                "ground": [
-                    int(name == entries[i].ground) for name, i in zip(grounds(images), wanted[:count], strict=True)
-                ],
+                "ground": [int(name == e.ground) for name, e in zip(grounds(images), asked, strict=True)],
             }
             for j in range(count):
                 if start + j in shown and folder is not None:
