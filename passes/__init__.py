@@ -10,6 +10,7 @@ from __future__ import annotations
 from toprovar_compile.passes._base import Pass, PassContext, PassReport, run_passes
 from toprovar_compile.passes._graph import copy_graph, output_values, placeholders
 from toprovar_compile.passes._symbols import shape_of, symbols_of
+from toprovar_compile.passes.absorb_projections import absorb_projections, absorbed, inputs_to_absorb, worth_it
 from toprovar_compile.passes.drop_unread_entropy import check_drop_unread_entropy, drop_unread_entropy, read_entropy
 from toprovar_compile.passes.fuse_gelu import check_fuse_gelu, fuse_gelu
 from toprovar_compile.passes.outline_layers import Outline, check_inline_layers, check_outline_layers
@@ -51,6 +52,8 @@ __all__ = [
     "Piece",
     "SplitStep",
     "TokenProof",
+    "absorb_projections",
+    "absorbed",
     "attention_forms",
     "check_inline_layers",
     "check_outline_layers",
@@ -59,6 +62,7 @@ __all__ = [
     "copy_graph",
     "cut_shared",
     "graph_key",
+    "inputs_to_absorb",
     "output_values",
     "placeholders",
     "prove_token_axis",
@@ -69,5 +73,6 @@ __all__ = [
     "shape_of",
     "split_layers",
     "symbols_of",
+    "worth_it",
     "write_kv_cache",
 ]

@@ -28,6 +28,7 @@ aten = torch.ops.aten
 def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool, resized: bool = False) -> GraphModule:
     """The pruned form of the layer `gm`, a new module; `resized` is read where it is `cached`.
 
+    Inputs that came to the layer after its proof (`absorb_projections`) carry no tokens.
     Raises PassInvariantError without a proof.
     """
     if not proof.holds or proof.axes[0] != 1:
@@ -39,7 +40,7 @@ def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool, resized: b
     copies = {node: graph.placeholder(node.name) for node in inner[1:]}
     kept = graph.call_function(aten.sym_size.int, (idx, 1))
     copies[inner[0]] = _gather(graph, x, idx, kept, inner[0], 1)
-    for node, axis in zip(inner[1:], proof.axes[1:], strict=True):
+    for node, axis in zip(inner[1:], proof.axes[1:], strict=False):
         if axis is not None:
             copies[node] = _gather(graph, copies[node], idx, kept, node, axis)
     for node in gm.graph.nodes:

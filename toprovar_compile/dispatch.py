@@ -27,10 +27,13 @@ from toprovar_compile.passes import (
     Piece,
     SplitStep,
     TokenProof,
+    absorb_projections,
+    absorbed,
     check_write_kv_cache,
     copy_graph,
     cut_shared,
     graph_key,
+    inputs_to_absorb,
     output_values,
     placeholders,
     prove_token_axis,
@@ -40,6 +43,7 @@ from toprovar_compile.passes import (
     run_passes,
     shape_of,
     symbols_of,
+    worth_it,
     write_kv_cache,
 )
 from toprovar_compile.passes._base import PassContext
@@ -161,22 +165,35 @@ class LayerClass(Unit):
         self.unskippable = "its output has other rows than its input" if drops else ""
         self.open_dims = open_dimensions(graph, {batch: "batch", tokens: "n"})
         self._graphs: dict[str, tuple[GraphModule, list[dict[int, str]]]] = {}
+        # Compiled code alone takes projections in: without it, results are those of eager mode bit for bit.
+        self.absorbable = inputs_to_absorb(self._prepared(False)) if inner != "eager" else []
 
     @property
     def graphs(self) -> dict[str, GraphModule]:
         """The graphs of the variants so far, by name."""
         return {name: graph for name, (graph, _) in list(self._graphs.items())}
 
-    def dense(self, measured: bool, args: Sequence[Any]) -> Any:
-        """All tokens: (x', entropy (B, n) if measured). `args` are the inputs of the graph."""
-        name = "dense" + " with entropy" * measured
-        return self.run(name, *self._variant(name, measured, None), args)
+    def dense(self, measured: bool, args: Sequence[Any], taken_in: Sequence[Tensor]) -> Any:
+        """All tokens: (x', entropy (B, n) if measured). `args` are the inputs of the graph; `taken_in` is what
+        `absorb_projections` puts after them, or empty."""
+        name = "dense" + " with entropy" * measured + " and text absorbed" * bool(taken_in)
+        return self.run(name, *self._variant(name, measured, None, len(taken_in)), [*args, *taken_in])
 
-    def pruned(self, measured: bool, delta: Sequence[Tensor], x: Tensor, idx: Tensor, rest: Sequence[Any]) -> Any:
+    def pruned(
+        self,
+        measured: bool,
+        delta: Sequence[Tensor],
+        x: Tensor,
+        idx: Tensor,
+        rest: Sequence[Any],
+        taken_in: Sequence[Tensor],
+    ) -> Any:
         """The tokens idx alone: (x', entropy (B, K) if measured). The arguments are those of `prune_tokens`; `delta` is
-        empty without one, and comes with its tables if it is to be resized."""
+        empty without one, and comes with its tables if it is to be resized; `taken_in` as in `dense`."""
         name = "prune" + _KINDS_OF_DELTA[len(delta)] + " with entropy" * measured
-        return self.run(name, *self._variant(name, measured, len(delta)), [x, idx, *delta, *rest])
+        name += " and text absorbed" * bool(taken_in)
+        graph = self._variant(name, measured, len(delta), len(taken_in))
+        return self.run(name, *graph, [x, idx, *delta, *rest, *taken_in])
 
     def skipped(self, x: Tensor, delta: Sequence[Tensor]) -> Tensor:
         """No token: x and the delta, which comes with its tables if it is to be resized."""
@@ -187,18 +204,28 @@ class LayerClass(Unit):
         (out,) = self.run("skip", *self._graphs["skip"], [x, *delta])
         return out  # type: ignore[no-any-return]
 
-    def _variant(self, name: str, measured: bool, delta: int | None) -> tuple[GraphModule, list[dict[int, str]]]:
-        """The graph and its open dimensions; `delta` is None for all tokens, else how many inputs the delta takes."""
+    def _variant(
+        self, name: str, measured: bool, delta: int | None, taken_in: int
+    ) -> tuple[GraphModule, list[dict[int, str]]]:
+        """The graph and its open dimensions; `delta` is None for all tokens, else how many inputs the delta takes, and
+        `taken_in` how many come from absorbed projections."""
         if name not in self._graphs:
-            graph = read_entropy(self.graph) if measured else copy_graph(self.graph)
-            run_passes(graph, PASSES_OF_A_VARIANT, PassContext())
+            graph = self._prepared(measured)
+            if taken_in:
+                absorb_projections(graph)
             first, *dims = self.open_dims
+            dims = dims + [self._of_batch("keys")] * taken_in
             lead = [first]
             if delta is not None:
                 graph = prune_tokens(graph, self.proof, cached=delta > 0, resized=delta > 1)
                 lead += [self._of_batch("k"), *self._delta_dims(delta)]
             self._graphs[name] = (graph, [*lead, *dims])
         return self._graphs[name]
+
+    def _prepared(self, measured: bool) -> GraphModule:
+        graph = read_entropy(self.graph) if measured else copy_graph(self.graph)
+        run_passes(graph, PASSES_OF_A_VARIANT, PassContext())
+        return graph
 
     def _delta_dims(self, count: int) -> list[dict[int, str]]:
         """Open dimensions of a delta, or of a smaller one and its tables."""
@@ -340,6 +367,7 @@ class _Bound:
     priors: tuple[tuple[str, str] | None, ...]
     grown: tuple[tuple[str, str], ...]
     like: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    absorbable: tuple[tuple[tuple[str | None, ...], float], ...]
 
 
 class _Part:
@@ -399,8 +427,9 @@ class StepProgram:
         self.moving = [
             i for i, name in enumerate(split.inputs) if i not in fixed and name not in caches and name not in sizes
         ]
-        self.hoisted = [i for i in fixed if split.inputs[i] in split.prologue.inputs]
-        self.condition = [i for i in self.moving if split.inputs[i] in split.prologue.inputs]
+        kept = {name for b in self.layers for names, _ in b.absorbable for name in names} | {*split.prologue.inputs}
+        self.hoisted = [i for i in fixed if split.inputs[i] in kept]
+        self.condition = [i for i in self.moving if split.inputs[i] in kept]
         report.layers = [
             (b.name, b.cls.key, "tokens proven independent" if p.holds else f"not pruned: {p.reason}")
             for b in self.layers
@@ -424,15 +453,17 @@ class StepProgram:
             raise UnsupportedGraphError(
                 f"{layer.name} returns {', '.join(kept[1:])} beside the stream and its cache", where="dispatch"
             )
+        cls, inputs = layer_class(graph_key(graph), graph, inner, hints), tuple(names[i] for i in rewrite.inputs)
         return _Bound(
             layer.name,
-            layer_class(graph_key(graph), graph, inner, hints),
+            cls,
             names[0],
             outs[0],
-            tuple(names[i] for i in rewrite.inputs[1:]),
+            inputs[1:],
             tuple((names[s.prior[0]], names[s.prior[1]]) if s.prior else None for s in rewrite.sites),
             tuple((outs[s.grown[0]], outs[s.grown[1]]) for s in rewrite.sites),
             tuple(_like(likes[i]) for s in rewrite.sites for i in s.grown),
+            tuple((tuple(None if i is None else inputs[i] for i in at), scale) for at, scale in cls.absorbable),
         )
 
     def units(self) -> dict[str, Unit]:
@@ -587,6 +618,7 @@ class StepProgram:
         else:
             rest = [env[name] for name in bound.inputs]
             rest += [b for pair in layer.buffers for b in pair] + layer.lengths
+            taken_in = self._take_in(bound, i, state, env)
             count, known = x.shape[1], None
             if action.kind == "prune":
                 assert plan is not None and action.keep is not None
@@ -596,9 +628,9 @@ class StepProgram:
                 else:
                     idx, known = (t[: x.shape[0]] for t in kept)
                 layer.kept = idx
-                out, *more = bound.cls.pruned(measured, delta, x, idx, rest)
+                out, *more = bound.cls.pruned(measured, delta, x, idx, rest, taken_in)
             else:
-                out, *more = bound.cls.dense(measured, [x, *rest])
+                out, *more = bound.cls.dense(measured, [x, *rest], taken_in)
             layer.lengths = [p + count for p in layer.lengths]
             if measured:
                 assert plan is not None
@@ -610,6 +642,22 @@ class StepProgram:
         for (k_name, v_name), (k, v), length in zip(bound.grown, layer.buffers, layer.lengths, strict=True):
             env[k_name], env[v_name] = k[:, :, :length], v[:, :, :length]
         return out
+
+    @staticmethod
+    def _take_in(bound: _Bound, i: int, state: StepState, env: dict[str, Any]) -> list[Tensor]:
+        """What the keys and values of layer `i` make of its projections, once a generation; empty where none pays."""
+        found: list[Tensor] = []
+        for j, (names, scale) in enumerate(bound.absorbable):
+            inputs = tuple(None if name is None else env[name] for name in names)
+            if not worth_it(inputs[0]):
+                return []
+            known = state.prologues.get(("absorbed", i, j))
+            if known is None or not known.made_from(inputs):
+                outs = [t.contiguous() for t in absorbed(*inputs, scale)]
+                known = _Prologue(inputs, tuple(_version(a) for a in inputs), outs)
+                state.prologues["absorbed", i, j] = known
+            found += known.outputs
+        return found
 
     @staticmethod
     def _delta(layer: LayerState, grid: Grid) -> list[Tensor]:
