@@ -343,7 +343,7 @@ def _append_kernel(
     tl.store(v_cache_ptr + b * vcb + h * vch + to * vcn + dims, v, mask=ok)
 
 
-def _append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> None:
+def append(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, start: int) -> None:
     """Write k and v (B, H, n, D) into rows `start` to `start` + n of the caches."""
     b, h, n, d = k.shape
     in_rows = all(x.stride(3) == 1 for x in (k, v, k_cache, v_cache))
@@ -574,21 +574,33 @@ def _fae_cached(
     scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    n, capacity = k.shape[2], k_cache.shape[2]
-    end = start + n
-    if start < 0 or end > capacity:
+    check_room(k_cache, start, k.shape[2])
+    append(k, v, k_cache, v_cache, start)
+    return attend_to_cache(q, k_cache, v_cache, start + k.shape[2], bias, scale, entropy)
+
+
+def check_room(cache: Tensor, start: int, n: int) -> None:
+    """Raise CacheOverflowError unless rows `start` to `start` + n are in the cache (B, H, capacity, D)."""
+    capacity = cache.shape[2]
+    if start < 0 or start + n > capacity:
         raise CacheOverflowError(
             f"{n} tokens at row {start} do not fit a cache of {capacity} rows",
             where="toprovar::fae_cached",
             expected=f"0 <= start <= {capacity - n}",
             todo="preallocate the caches for every scale of the schedule",
         )
-    _append(k, v, k_cache, v_cache, start)
+
+
+def attend_to_cache(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, end: int, bias: Tensor | None, scale: float, entropy: bool
+) -> tuple[Tensor, Tensor]:
+    """`fae` of q with the first `end` rows of the caches."""
     attend = _fae_cuda if q.is_cuda else _fae_cpu
     return attend(q, k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end), bias, scale, entropy)
 
 
-def _fake(q: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+def fake_result(q: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
+    """What the operators return, as the compiler traces them."""
     return _empty_out(q), q.new_empty((q.shape[0], q.shape[2] if entropy else 0), dtype=torch.float32)
 
 
@@ -607,7 +619,7 @@ torch.library.impl("toprovar::fae", "CUDA", _fae_cuda)
 def _fae_fake(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    return _fake(q, entropy)
+    return fake_result(q, entropy)
 
 
 torch.library.register_fake("toprovar::fae", _fae_fake)
@@ -623,7 +635,7 @@ torch.library.impl("toprovar::fae_varlen", "CUDA", _fae_varlen)
 def _fae_varlen_fake(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    return _fake(q, entropy)
+    return fake_result(q, entropy)
 
 
 torch.library.register_fake("toprovar::fae_varlen", _fae_varlen_fake)
@@ -648,7 +660,7 @@ def _fae_cached_fake(
     scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    return _fake(q, entropy)
+    return fake_result(q, entropy)
 
 
 torch.library.register_fake("toprovar::fae_cached", _fae_cached_fake)

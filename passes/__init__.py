@@ -13,6 +13,7 @@ from toprovar_compile.passes._symbols import shape_of, symbols_of
 from toprovar_compile.passes.absorb_projections import absorb_projections, absorbed, inputs_to_absorb, worth_it
 from toprovar_compile.passes.drop_unread_entropy import check_drop_unread_entropy, drop_unread_entropy, read_entropy
 from toprovar_compile.passes.fuse_gelu import check_fuse_gelu, fuse_gelu
+from toprovar_compile.passes.fuse_rotation import check_fuse_rotation, fuse_rotation
 from toprovar_compile.passes.outline_layers import Outline, check_inline_layers, check_outline_layers
 from toprovar_compile.passes.prove_token_axis import TokenProof, prove_token_axis
 from toprovar_compile.passes.prune_tokens import prune_tokens
@@ -37,8 +38,9 @@ DYNAMO_PASSES: tuple[Pass, ...] = (
 PASSES_OF_A_VARIANT: tuple[Pass, ...] = (
     # After the variant's outputs are chosen: only then is it known which entropy is read.
     Pass(drop_unread_entropy, check_drop_unread_entropy),
-    # Last: rules and matchers of other passes know the plain product.
+    # Last: rules and matchers of other passes know the plain product and attention.
     Pass(fuse_gelu, check_fuse_gelu),
+    Pass(fuse_rotation, check_fuse_rotation),
 )
 
 __all__ = [
