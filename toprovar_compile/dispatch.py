@@ -421,6 +421,8 @@ class StepProgram:
         self.epilogue_dims = open_dimensions(split.epilogue.graph, {})
         self.guard_hits: dict[str, int] = {}
         caches = {name for b in self.layers for prior in b.priors if prior for name in prior}
+        later = {*split.epilogue.inputs, *(name for b in self.layers for name in b.inputs), *split.outputs}
+        self.streams = {b.out for b in self.layers} & later  # each is as large as all tokens of a scale
         # Writes into caches happen below autograd, where versions are not counted.
         self.reads_cache = not caches.isdisjoint(split.prologue.inputs)
         sizes = {name for name, value in zip(split.inputs, split.values, strict=True) if not isinstance(value, Tensor)}
@@ -526,7 +528,8 @@ class StepProgram:
         kept = self._choose(plan, s, actions, state.layers, x.shape[0])
         for i, bound in enumerate(self.layers):
             x = self._run_layer(bound, i, s, actions[i], kept.get(i), plan, state, env, x)
-            env[bound.out] = x
+            if bound.out in self.streams:
+                env[bound.out] = x
             if state.watch is not None:
                 state.watch(i, s, actions[i], state.layers[i], x)
         inputs = [env[name] for name in self.split.epilogue.inputs]
