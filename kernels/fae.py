@@ -7,6 +7,8 @@ Shapes: q (B, H, n, D), k and v (B, H, m, D), any strides; bias None or broadcas
 (floating point) or boolean (True = attend). out (B, H, n, D) has the dtype of q and the memory of a contiguous
 (B, n, H, D); entropy (B, n) is float32, and (B, 0) when it is not asked for. k and v are cast to the dtype of q.
 A row that attends to nothing (m = 0, or all of it masked) has out 0 and entropy 0. For inference: no gradient.
+`fae_cached` keeps k and v token by token in caches (capacity, R, H, D), R >= B, of which it uses the first B rows: so
+no stride depends on the capacity, and any run of tokens is one piece of memory.
 
 Numerics: scores, sums and entropy are accumulated in float32 (float64 for float64 inputs). The error of the entropy
 is a few float32 roundings of the largest score in the row, below 1e-4 nats for scores up to 100; rounding of the
@@ -574,7 +576,7 @@ def _fae_cached(
     scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    n, capacity = k.shape[2], k_cache.shape[2]
+    n, capacity = k.shape[2], k_cache.shape[0]
     end = start + n
     if start < 0 or end > capacity:
         raise CacheOverflowError(
@@ -583,6 +585,7 @@ def _fae_cached(
             expected=f"0 <= start <= {capacity - n}",
             todo="preallocate the caches for every scale of the schedule",
         )
+    k_cache, v_cache = (cache.narrow(1, 0, q.shape[0]).permute(1, 2, 0, 3) for cache in (k_cache, v_cache))
     _append(k, v, k_cache, v_cache, start)
     attend = _fae_cuda if q.is_cuda else _fae_cpu
     return attend(q, k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end), bias, scale, entropy)
