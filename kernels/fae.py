@@ -7,6 +7,8 @@ Shapes: q (B, H, n, D), k and v (B, H, m, D), any strides; bias None or broadcas
 (floating point) or boolean (True = attend). out (B, H, n, D) has the dtype of q and the memory of a contiguous
 (B, n, H, D); entropy (B, n) is float32, and (B, 0) when it is not asked for. k and v are cast to the dtype of q.
 A row that attends to nothing (m = 0, or all of it masked) has out 0 and entropy 0. For inference: no gradient.
+`fae_cached` keeps k and v token by token in caches (capacity, R, H, D), R >= B, of which it uses the first B rows: so
+no stride depends on the capacity, and any run of tokens is one piece of memory.
 
 Numerics: scores, sums and entropy are accumulated in float32 (float64 for float64 inputs). The error of the entropy
 is a few float32 roundings of the largest score in the row, below 1e-4 nats for scores up to 100; rounding of the
@@ -574,14 +576,17 @@ def _fae_cached(
     scale: float,
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
-    check_room(k_cache, start, k.shape[2])
+    k_cache, v_cache = open_cache(k_cache, v_cache, start, k)
     append(k, v, k_cache, v_cache, start)
     return attend_to_cache(q, k_cache, v_cache, start + k.shape[2], bias, scale, entropy)
 
 
-def check_room(cache: Tensor, start: int, n: int) -> None:
-    """Raise CacheOverflowError unless rows `start` to `start` + n are in the cache (B, H, capacity, D)."""
-    capacity = cache.shape[2]
+def open_cache(k_cache: Tensor, v_cache: Tensor, start: int, k: Tensor) -> list[Tensor]:
+    """Caches (capacity, R, H, D) as (B, H, capacity, D) for the rows of k (B, H, n, D), which are to follow `start`.
+
+    Raises CacheOverflowError where there is no room for them.
+    """
+    n, capacity = k.shape[2], k_cache.shape[0]
     if start < 0 or start + n > capacity:
         raise CacheOverflowError(
             f"{n} tokens at row {start} do not fit a cache of {capacity} rows",
@@ -589,12 +594,13 @@ def check_room(cache: Tensor, start: int, n: int) -> None:
             expected=f"0 <= start <= {capacity - n}",
             todo="preallocate the caches for every scale of the schedule",
         )
+    return [cache.narrow(1, 0, k.shape[0]).permute(1, 2, 0, 3) for cache in (k_cache, v_cache)]
 
 
 def attend_to_cache(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, end: int, bias: Tensor | None, scale: float, entropy: bool
 ) -> tuple[Tensor, Tensor]:
-    """`fae` of q with the first `end` rows of the caches."""
+    """`fae` of q with the first `end` rows of opened caches."""
     attend = _fae_cuda if q.is_cuda else _fae_cpu
     return attend(q, k_cache.narrow(2, 0, end), v_cache.narrow(2, 0, end), bias, scale, entropy)
 

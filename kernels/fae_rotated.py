@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from toprovar_compile.kernels._triton import HAS_TRITON, tl, triton
-from toprovar_compile.kernels.fae import append, attend_to_cache, check_room, fake_result
+from toprovar_compile.kernels.fae import append, attend_to_cache, fake_result, open_cache
 
 _ROWS = 16  # tokens of a program
 _MANY = 256  # tokens from which a program takes several heads, for which it reads cosines and sines once
@@ -171,7 +171,7 @@ def _fae_rotated(
     entropy: bool,
 ) -> tuple[Tensor, Tensor]:
     n, d = q.shape[2:]
-    check_room(k_cache, start, n)
+    k_cache, v_cache = open_cache(k_cache, v_cache, start, k)
     in_rows = all(x.stride(3) == 1 for x in (q, k, v, cos, sin, k_cache, v_cache))
     if q.is_cuda and HAS_TRITON and in_rows and d & (d - 1) == 0 and d >= 16 and q.numel():
         q = _launch(q, k, v, factor.contiguous(), cos, sin, eps, k_cache, v_cache, start)

@@ -3,8 +3,9 @@
     Before: k1 = cat([k_cache, k], 2); v1 = cat([v_cache, v], 2); fae(q, k1, v1, None, scale, True); return x1, k1, v1
     After:  fae_cached(q, k, v, k_buffer, v_buffer, start, None, scale, True); return x1
 
-Concatenation copies the whole cache at every scale. The buffers and `start`, the number of tokens in them, are new
-inputs at the end. At the first scale, without a cache, `fae(q, k, v)` with k and v returned is the same with start = 0.
+Concatenation copies the whole cache at every scale. The buffers, (capacity, rows, heads, head size) with the rows of
+the batch or more, and `start`, the number of tokens in them, are new inputs at the end. At the first scale, without a
+cache, `fae(q, k, v)` with k and v returned is the same with start = 0.
 A cast of the grown cache to the dtype of q, as autocast puts it before attention, is left to the kernel.
 
 Pre:  a layer graph of `split_layers` whose attention is `toprovar::fae`.

@@ -113,6 +113,7 @@ class Lane:
     buffers: dict[Hashable, Tensor] = field(default_factory=dict)
     notes: dict[Hashable, Any] = field(default_factory=dict)
     latest: Launch | None = None
+    _memory: dict[Hashable, Tensor] = field(default_factory=dict)  # the largest of each name and form
     _graphs: dict[Hashable, Captured | None] = field(default_factory=dict)
     _seen: set[Hashable] = field(default_factory=set)
     _inputs: dict[Hashable, Tensor] = field(default_factory=dict)
@@ -126,12 +127,23 @@ class Lane:
     _generator: torch.Generator | None = None
     _pool: Any = None
 
-    def buffer(self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The buffer of this name and form, with whatever is in it."""
-        key = (name, shape, dtype, device)
+    def buffer(
+        self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int, start: int
+    ) -> Tensor:
+        """A buffer of this form, with whatever is in it: the memory `name`, of `room` rows, from the row `start` on.
+
+        Buffers of one memory may overlap. A smaller memory of a name is the front of a larger one that is there.
+        """
+        key = (name, shape, dtype, device, room, start)
         if key not in self.buffers:
             with torch.inference_mode(False):  # a lane outlives the mode that it was made in
-                self.buffers[key] = torch.empty(shape, dtype=dtype, device=device)
+                form = (name, shape[1:], dtype, device)
+                if form not in self._memory or len(self._memory[form]) < room:
+                    self._memory[form] = torch.empty((room, *shape[1:]), dtype=dtype, device=device)
+                row = self._memory[form][0].nbytes
+                # With a storage of its own: Dynamo would look at where in a storage it begins.
+                part = self._memory[form].untyped_storage()[start * row : (start + shape[0]) * row]
+                self.buffers[key] = torch.empty(0, dtype=dtype, device=device).set_(part, 0, shape)
             self._owned.add(self.buffers[key].data_ptr())
         return self.buffers[key]
 

@@ -11,6 +11,7 @@ import threading
 import types
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import sympy
@@ -19,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from toprovar_compile.cuda_graph import Lane, Scale, lanes
-from toprovar_compile.errors import PlanError, UnsupportedGraphError
+from toprovar_compile.errors import PlanError, ScaleGuardError, UnsupportedGraphError
 from toprovar_compile.inductor import Compiled, Inner, compile_graph
 from toprovar_compile.passes import (
     PASSES_OF_A_VARIANT,
@@ -147,8 +148,8 @@ def open_dimensions(graph: GraphModule, names: Mapping[sympy.Expr, str]) -> list
                         where="open_dimensions",
                         expected="plain symbols as sizes of inputs",
                     )
-        elif "buffer" in node.name:  # (batch, heads, capacity, head size)
-            dims = {d: name for d, name in found[0].items() if d == 0} | {2: "capacity"}
+        elif "buffer" in node.name:  # (capacity, rows, heads, head size)
+            dims = {0: "capacity", 1: "rows"}
         found.append(dims)
     return found
 
@@ -266,8 +267,9 @@ Watch = Callable[[str | int, int, "LayerAction | None", "LayerState | None", Ten
 
 @dataclass
 class LayerState:
-    """What one layer keeps between scales: buffers (k, v) of each cache and the tokens in them, its latest entropy map
-    and its delta for restoring, each with its grid. `kept` are the tokens of its latest scale, None for all."""
+    """What one layer keeps between scales: buffers (k, v) of each cache, (tokens, rows, heads, head size), and the
+    tokens in them, its latest entropy map and its delta for restoring, each with its grid. `kept` are the tokens of its
+    latest scale, None for all."""
 
     buffers: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     lengths: list[int] = field(default_factory=list)
@@ -276,8 +278,7 @@ class LayerState:
     kept: Tensor | None = None
 
     def narrow(self, rows: int) -> None:
-        """Keep the first `rows` rows of everything: guidance was switched off."""
-        self.buffers = [(k[:rows], v[:rows]) if k.shape[0] > rows else (k, v) for k, v in self.buffers]
+        """Keep the first `rows` rows of all but the buffers, of which no others are read: guidance was switched off."""
         self.entropy, self.delta = (p and (p[0][:rows], p[1]) for p in (self.entropy, self.delta))
 
 
@@ -291,6 +292,7 @@ class StepState:
         self._restored: _Saved | None = None
         self.prologues: dict[Hashable, _Prologue] = {}
         self.versions: dict[int, int] = {}
+        self.room = _Room.of(session, plan)
         key = (count, session.schedule if session else None)
         self.watch: Watch | None = session.store.get(WATCH) if session is not None else None
         self.lane = lanes.take(key) if session is not None else Lane()
@@ -326,6 +328,29 @@ class StepState:
     def rewritten(self, weights: Sequence[Any]) -> bool:
         """Whether one of these was written to since the generation first looked at it."""
         return any([self.versions.setdefault(id(w), v) != v for w in weights if (v := _version(w)) >= 0])
+
+
+@dataclass(frozen=True)
+class _Room:
+    """Tokens that a cache has room for: `own` that it keeps, and after them those of the `last` scale.
+
+    Nobody reads the keys and values of the last scale after their layer. So they lie where the layer before keeps its
+    own, which has done its work by then: caches of equal layers lie one before the other, the first layer's at the end.
+    """
+
+    own: int = 0
+    last: int = 0
+
+    @classmethod
+    def of(cls, session: Session | None, plan: Plan | None) -> _Room:
+        """None are known without a session: a step then makes room for its own tokens."""
+        if session is None:
+            return cls()
+        tokens = session.schedule.tokens
+        if session.keeps_caches:
+            return cls(session.prefix + sum(tokens))
+        last = min(plan.last_scale if plan is not None else len(tokens), len(tokens) - 1)
+        return cls(session.prefix + sum(tokens[:last]), tokens[last])
 
 
 @dataclass(frozen=True)
@@ -368,6 +393,15 @@ class _Bound:
     grown: tuple[tuple[str, str], ...]
     like: tuple[tuple[tuple[int, ...], torch.dtype], ...]
     absorbable: tuple[tuple[tuple[str | None, ...], float], ...]
+
+
+def _runs(layers: Sequence[_Bound]) -> list[tuple[int, int]]:
+    """For each layer the layers (first, behind the last) around it that have caches of one form one after the other."""
+    starts = [0]
+    for i, (before, layer) in enumerate(pairwise(layers), 1):
+        if layer.like != before.like or before.cls.unskippable:  # which drops rows
+            starts.append(i)
+    return [pair for pair in pairwise((*starts, len(layers))) for _ in range(*pair)]
 
 
 class _Part:
@@ -414,6 +448,7 @@ class StepProgram:
         self.fixed, self.frame = tuple(fixed), frame
         self.split, self.report = split, report
         self.layers = [self._bind(layer, inner, hints) for layer in split.layers]
+        self.runs = _runs(self.layers)
         tokens = shape_of(placeholders(split.layers[0].piece.graph)[0].meta["val"])[1]
         weights = {split.inputs[i] for i in fixed}
         self.prologue = [_Part(piece, inner, hints, tokens) for piece in _by_condition(split.prologue, weights)]
@@ -421,6 +456,8 @@ class StepProgram:
         self.epilogue_dims = open_dimensions(split.epilogue.graph, {})
         self.guard_hits: dict[str, int] = {}
         caches = {name for b in self.layers for prior in b.priors if prior for name in prior}
+        later = {*split.epilogue.inputs, *(name for b in self.layers for name in b.inputs), *split.outputs}
+        self.streams = {b.out for b in self.layers} & later  # each is as large as all tokens of a scale
         # Writes into caches happen below autograd, where versions are not counted.
         self.reads_cache = not caches.isdisjoint(split.prologue.inputs)
         sizes = {name for name, value in zip(split.inputs, split.values, strict=True) if not isinstance(value, Tensor)}
@@ -526,7 +563,8 @@ class StepProgram:
         kept = self._choose(plan, s, actions, state.layers, x.shape[0])
         for i, bound in enumerate(self.layers):
             x = self._run_layer(bound, i, s, actions[i], kept.get(i), plan, state, env, x)
-            env[bound.out] = x
+            if bound.out in self.streams:
+                env[bound.out] = x
             if state.watch is not None:
                 state.watch(i, s, actions[i], state.layers[i], x)
         inputs = [env[name] for name in self.split.epilogue.inputs]
@@ -640,7 +678,7 @@ class StepProgram:
                 assert plan is not None
                 layer.delta = out - x, plan.schedule.grids[s]
         for (k_name, v_name), (k, v), length in zip(bound.grown, layer.buffers, layer.lengths, strict=True):
-            env[k_name], env[v_name] = k[:, :, :length], v[:, :, :length]
+            env[k_name], env[v_name] = (_as_cache(buffer, x.shape[0], length) for buffer in (k, v))
         return out
 
     @staticmethod
@@ -675,27 +713,41 @@ class StepProgram:
         for j, prior in enumerate(bound.priors):
             old = [env[name] for name in prior] if prior else [None, None]
             length = old[0].shape[2] if old[0] is not None else 0
+            if state.room.last and length > state.room.own:
+                raise ScaleGuardError(
+                    f"{bound.name} was given a cache of {length} tokens after the last scale",
+                    where="generation(..., keeps_caches=False)",
+                    expected=f"at most {state.room.own} tokens, as what the last scale adds is not kept",
+                    todo="open the generation with keeps_caches=True",
+                )
             if j == len(layer.buffers):
-                room = length + x.shape[1]
-                if state.session is not None:
-                    room = max(room, state.session.prefix + state.session.schedule.total)
-                    # Strides of the caches are guarded: schedules of nearly the same length share them.
-                    step = 1 << max(room.bit_length() - 3, 0)
-                    room = -(-room // step) * step
-                pair = [
-                    state.lane.buffer((i, j, side), (x.shape[0], heads[0], room, heads[1]), dtype, x.device)
-                    for side, (heads, dtype) in enumerate(bound.like[2 * j : 2 * j + 2])
-                ]
+                pair = [self._buffer(i, j, side, max(length + x.shape[1], 1), state, x) for side in range(2)]
                 layer.buffers.append((pair[0], pair[1]))
                 layer.lengths.append(0)
             for buffer, cache in zip(layer.buffers[j], old, strict=True):
                 if cache is None:
                     continue
-                ours = cache.data_ptr() == buffer.data_ptr() and cache.stride() == buffer.stride()
-                if not (ours and length == layer.lengths[j]):
-                    buffer[:, :, :length].copy_(cache)
+                ours = _as_cache(buffer, x.shape[0], length)
+                same = cache.data_ptr() == ours.data_ptr() and cache.stride() == ours.stride()
+                if not (same and length == layer.lengths[j]):
+                    ours.copy_(cache)
                     counters.add("cache_copied", "the step was given a key/value cache that it had not returned")
             layer.lengths[j] = length
+
+    def _buffer(self, i: int, j: int, side: int, least: int, state: StepState, x: Tensor) -> Tensor:
+        """The buffer for keys or values of the cache `j` of layer `i`, of at least so many tokens."""
+        heads, dtype = self.layers[i].like[2 * j + side]
+        row = (x.shape[0], *heads)
+        (first, end), room = self.runs[i], state.room
+        if least > room.own + room.last:  # more than the schedule says
+            return state.lane.buffer((i, j, side), (least, *row), dtype, x.device, least, 0)
+        name, whole = (first, end, j, side), (end - first) * room.own + room.last
+        return state.lane.buffer(name, (room.own + room.last, *row), dtype, x.device, whole, (end - 1 - i) * room.own)
+
+
+def _as_cache(buffer: Tensor, rows: int, length: int) -> Tensor:
+    """The first tokens of a buffer (tokens, rows, heads, head size) as a cache (rows, heads, tokens, head size)."""
+    return buffer[:length, :rows].permute(1, 2, 0, 3)
 
 
 def _unknown(plan: Plan, action: LayerAction, layer: LayerState) -> str:

@@ -369,6 +369,12 @@ class Plan:
         """The first scale that is not generated, None when all are."""
         return next((s for s, scale in enumerate(self.scales) if not scale.run), None)
 
+    @property
+    def last_scale(self) -> int:
+        """The last scale that is generated, here or in an alternative."""
+        end = len(self.scales) if self.exit_scale is None else self.exit_scale
+        return max(end - 1, *(alternative.last_scale for alternative in self.alternatives), 0)
+
     def guided(self, s: int) -> bool:
         """Whether scale `s` runs with its unconditional half, as guidance needs it."""
         return self.scales[s].cfg

@@ -47,7 +47,8 @@ class Session:
     and exchanged for one of its alternatives when the image decides so.
 
     `ran` is the latest scale that a compiled step has run, None before the first. `prefix` counts the tokens that a
-    model puts into its caches before the first scale, in a step while `scale` is -1.
+    model puts into its caches before the first scale, in a step while `scale` is -1. `keeps_caches` is False where
+    nobody reads the caches after the last scale that runs, which then need not be kept.
     `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
     the generation ends, however it ends, and `store` is then emptied. `graphs` is how they launch a part of the
     generation as a CUDA graph, and `replays` how they run a scale that was one before.
@@ -57,6 +58,7 @@ class Session:
     fingerprint: Callable[[], str]
     known_plan: Plan | None = None
     prefix: int = 0
+    keeps_caches: bool = True
     scale: int = -1
     ran: int | None = None
     plan: Plan | None = None
@@ -130,14 +132,18 @@ def current_session() -> Session | None:
 
 @contextmanager
 def generation(
-    schedule: ScaleSchedule, fingerprint: Callable[[], str], known_plan: Plan | None = None, prefix: int = 0
+    schedule: ScaleSchedule,
+    fingerprint: Callable[[], str],
+    known_plan: Plan | None = None,
+    prefix: int = 0,
+    keeps_caches: bool = True,
 ) -> Iterator[Session]:
     """Open a session for the `with` block, without gradients. Nested generations see their own session.
 
     `fingerprint` names the model and its weights; `known_plan` is the plan that came with them, which compiled steps
-    take when the user asks for plan="auto"; `prefix` is that of the session.
+    take when the user asks for plan="auto"; `prefix` and `keeps_caches` are those of the session.
     """
-    session = Session(schedule, fingerprint, known_plan, prefix)
+    session = Session(schedule, fingerprint, known_plan, prefix, keeps_caches)
     token = _current.set(session)
     try:
         # In inference mode tensors count no versions, and nothing that was computed from them could be kept.

@@ -174,7 +174,7 @@ def test_offsets_beyond_int32(layout: str) -> None:
 
 
 def caches(capacity: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    k_cache, v_cache = (torch.full((2, 3, capacity, 64), math.nan, device="cuda", dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full((capacity, 2, 3, 64), math.nan, device="cuda", dtype=dtype) for _ in range(2))
     return k_cache, v_cache
 
 
@@ -195,7 +195,7 @@ def test_cached_scales_equal_one_concatenation(dtype: torch.dtype) -> None:
         torch.testing.assert_close(out.double(), want, atol=OUT_TOLERANCE[dtype], rtol=OUT_TOLERANCE[dtype])
         torch.testing.assert_close(entropy.double(), want_entropy, atol=ENTROPY_TOLERANCE, rtol=0)
         start += n
-    assert k_cache[:, :, start:].isnan().all() and not k_cache[:, :, :start].isnan().any()
+    assert k_cache[start:].isnan().all() and not k_cache[:start].isnan().any()
     with pytest.raises(CacheOverflowError, match="do not fit"):
         fae_cached(q, k, v, k_cache, v_cache, start + 1, None, SCALE, True)
 
@@ -203,7 +203,7 @@ def test_cached_scales_equal_one_concatenation(dtype: torch.dtype) -> None:
 def test_capture_and_replay() -> None:
     q, k, v = inputs(25, 25, 64, torch.bfloat16)
     k_cache, v_cache = caches(64, torch.bfloat16)
-    k_cache[:, :, :14], v_cache[:, :, :14] = 0.5, 0.25
+    k_cache[:14], v_cache[:14] = 0.5, 0.25
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -223,7 +223,7 @@ def test_capture_and_replay() -> None:
 def test_opcheck(entropy: bool) -> None:
     torch.use_deterministic_algorithms(False)  # its own checks compare memory that nobody wrote
     q, k, v = inputs(9, 9, 64, torch.float32)
-    k_cache, v_cache = (torch.zeros(2, 3, 16, 64, device="cuda") for _ in range(2))
+    k_cache, v_cache = (torch.zeros(16, 2, 3, 64, device="cuda") for _ in range(2))
     torch.library.opcheck(fae, (q, k, v, None, SCALE, entropy))
     torch.library.opcheck(fae_cached, (q, k, v, k_cache, v_cache, 3, None, SCALE, entropy))
 
@@ -234,7 +234,7 @@ def test_fullgraph_compile() -> None:
         return out.transpose(1, 2).flatten(2) + 1, entropy
 
     q, k, v = inputs(9, 9, 64, torch.bfloat16)
-    start = tuple(torch.zeros(2, 3, 16, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    start = tuple(torch.zeros(16, 2, 3, 64, device="cuda", dtype=torch.bfloat16) for _ in range(4))
     want = step(q, k, v, *start[:2])
     got = torch.compile(step, fullgraph=True)(q, k, v, *start[2:])
     torch.testing.assert_close(got, want)

@@ -232,7 +232,7 @@ def test_no_compiler_is_a_warning_and_the_same_numbers(monkeypatch: pytest.Monke
 
 
 def caches(capacity: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    k_cache, v_cache = (torch.full((2, 3, capacity, 64), math.nan, dtype=dtype) for _ in range(2))
+    k_cache, v_cache = (torch.full((capacity, 2, 3, 64), math.nan, dtype=dtype) for _ in range(2))
     return k_cache, v_cache
 
 
@@ -255,8 +255,17 @@ def test_cached_scales_equal_one_concatenation(dtype: torch.dtype, entropy: bool
         if entropy:
             torch.testing.assert_close(measured.double(), want_entropy, atol=ENTROPY_TOLERANCE[dtype], rtol=0)
         start += n
-    assert k_cache[:, :, start:].isnan().all() and not k_cache[:, :, :start].isnan().any()
-    assert v_cache[:, :, start:].isnan().all() and not v_cache[:, :, :start].isnan().any()
+    assert k_cache[start:].isnan().all() and not k_cache[:start].isnan().any()
+    assert v_cache[start:].isnan().all() and not v_cache[:start].isnan().any()
+
+
+def test_a_batch_of_fewer_rows_than_its_caches() -> None:
+    q, k, v = inputs(9, 9)
+    k_cache, v_cache = (torch.zeros(16, 2, 3, 64) for _ in range(2))
+    want = [out.clone() for out in fae_cached(q, k, v, k_cache, v_cache, 3, None, SCALE, True)]
+    got = fae_cached(q[:1], k[:1], v[:1], k_cache, v_cache, 3, None, SCALE, True)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b[:1], atol=1e-5, rtol=0)
 
 
 def test_cache_overflow_says_what_to_do() -> None:
@@ -274,7 +283,7 @@ def test_opcheck(entropy: bool) -> None:
     mask = torch.rand(9, 14) > 0.3
     for bias in (None, mask, mask.float()):
         torch.library.opcheck(fae, (q, k, v, bias, SCALE, entropy))
-    k_cache, v_cache = (torch.zeros(2, 3, 32, 64) for _ in range(2))
+    k_cache, v_cache = (torch.zeros(32, 2, 3, 64) for _ in range(2))
     torch.library.opcheck(fae_cached, (q, k[:, :, :9], v[:, :, :9], k_cache, v_cache, 5, None, SCALE, entropy))
 
 

@@ -22,11 +22,11 @@ NAMES = ("q", "k", "v", "factor", "cos", "sin")
 
 
 def operands(n: int, d: int, dtype: torch.dtype, heads: int = 4) -> dict[str, Tensor]:
-    """q, k, v as views of one product, and caches of 40 rows that lie token by token."""
+    """q, k, v as views of one product, and caches of 40 tokens."""
     torch.manual_seed(0)
     q, k, v = torch.randn(2, n, 3, heads, d, dtype=dtype).permute(2, 0, 3, 1, 4).unbind(0)
     angles = torch.rand(2, 1, n, d)
-    caches = torch.randn(2, 40, 2, heads, d, dtype=dtype).permute(0, 2, 3, 1, 4)
+    caches = torch.randn(2, 40, 2, heads, d, dtype=dtype)
     named = {"q": q, "k": k, "v": v, "factor": torch.rand(1, heads, 1, 1) + 1, "cos": angles.cos(), "sin": angles.sin()}
     return named | {"k_cache": caches[0], "v_cache": caches[1]}
 
@@ -69,7 +69,8 @@ def main() -> None:
     for n, many in ((5, 256), (33, 1)):
         module._MANY = many
         mine, theirs = operands(n, 32, torch.float16), operands(n, 32, torch.float16)
-        q = module._launch(*(mine[x] for x in NAMES), EPS, mine["k_cache"], mine["v_cache"], 3)
+        caches = module.open_cache(mine["k_cache"], mine["v_cache"], 3, mine["k"])
+        q = module._launch(*(mine[x] for x in NAMES), EPS, *caches, 3)
         want = module.rotate_reference(theirs["q"], theirs["factor"], theirs["cos"], theirs["sin"], EPS)
         by_operators(theirs, 3)
         torch.testing.assert_close(q.float(), want, rtol=2e-3, atol=2e-3)

@@ -29,7 +29,7 @@ def graph(device: str = "cuda", dtype: torch.dtype = torch.bfloat16, form: str =
 
     with FakeTensorMode() as mode:
         angles = torch.empty(1, H if form == "an angle a head" else 1, N, D, device=device)
-        cache = torch.empty(B, H, 20, D, dtype=dtype, device=device)
+        cache = torch.empty(20, B, H, D, dtype=dtype, device=device)
         qkv = torch.empty(3, B, H, N, D, dtype=dtype, device=device)
         assert mode is not None
         gm = make_fx(layer)(qkv, torch.empty(1, H, 1, 1, device=device), angles, angles.clone(), cache, cache.clone())

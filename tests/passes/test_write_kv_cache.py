@@ -50,7 +50,13 @@ def _count(gm: GraphModule, target: Any) -> int:
 
 
 def _buffers(fill: float = torch.nan) -> tuple[Tensor, Tensor]:
-    return torch.full((B, H, CAPACITY, D), fill), torch.full((B, H, CAPACITY, D), fill)
+    """As (B, H, capacity, D); the graph takes their memory, which is token by token."""
+    k, v = (torch.full((CAPACITY, B, H, D), fill).permute(1, 2, 0, 3) for _ in range(2))
+    return k, v
+
+
+def _memory(*buffers: Tensor) -> list[Tensor]:
+    return [buffer.permute(2, 0, 1, 3) for buffer in buffers]
 
 
 def test_later_scales(trace: Trace) -> None:
@@ -64,7 +70,7 @@ def test_later_scales(trace: Trace) -> None:
     assert [n.name for n in placeholders(gm)[1:]] == ["k_buffer_0", "v_buffer_0", "start_0"]
     k_buffer, v_buffer = _buffers()
     k_buffer[:, :, :P], v_buffer[:, :, :P] = K_OLD, V_OLD
-    (got,) = gm(X, k_buffer, v_buffer, P)
+    (got,) = gm(X, *_memory(k_buffer, v_buffer), P)
     torch.testing.assert_close(got, want, **TOLERANCE)
     assert torch.equal(k_buffer[:, :, : P + N], k_want) and torch.equal(v_buffer[:, :, : P + N], v_want)
     assert k_buffer[:, :, P + N :].isnan().all()
@@ -83,7 +89,7 @@ def test_keys_kept_in_a_wider_dtype_than_attention_reads(trace: Trace) -> None:
     assert done.sites == (CacheSite(prior=(1, 2), grown=(1, 2)),)
     k_buffer, v_buffer = _buffers()[0], _buffers()[1].bfloat16()
     k_buffer[:, :, :P], v_buffer[:, :, :P] = K_OLD, V_OLD
-    (got,) = gm(X.bfloat16(), k_buffer, v_buffer, P)
+    (got,) = gm(X.bfloat16(), *_memory(k_buffer, v_buffer), P)
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
     assert torch.equal(k_buffer[:, :, : P + N], k_want) and torch.equal(v_buffer[:, :, : P + N], v_want)
 
@@ -96,7 +102,7 @@ def test_first_scale(trace: Trace) -> None:
     assert done.sites == (CacheSite(prior=None, grown=(1, 2)),)
     assert [_count(gm, t) for t in (fae, fae_cached)] == [0, 1]
     k_buffer, v_buffer = _buffers()
-    (got,) = gm(X, k_buffer, v_buffer, 0)
+    (got,) = gm(X, *_memory(k_buffer, v_buffer), 0)
     torch.testing.assert_close(got, want, **TOLERANCE)
     assert torch.equal(k_buffer[:, :, :N], k_want) and torch.equal(v_buffer[:, :, :N], v_want)
 
@@ -120,7 +126,7 @@ def test_the_length_of_the_cache_becomes_the_start(trace: Trace) -> None:
     assert len(write_kv_cache(gm).sites) == 1
     k_buffer, v_buffer = _buffers()
     k_buffer[:, :, :P], v_buffer[:, :, :P] = K_OLD, V_OLD
-    torch.testing.assert_close(gm(X, k_buffer, v_buffer, P)[0], want, **TOLERANCE)
+    torch.testing.assert_close(gm(X, *_memory(k_buffer, v_buffer), P)[0], want, **TOLERANCE)
 
 
 def test_text_beside_the_cache(trace: Trace) -> None:

@@ -16,8 +16,9 @@ from torch._dynamo.utils import counters as compile_counters
 from torch.fx import Graph, GraphModule
 
 from toprovar_compile import dispatch
+from toprovar_compile.cuda_graph import Lane
 from toprovar_compile.dispatch import StepProgram, StepState, Unit, covers, open_dimensions, state_of
-from toprovar_compile.errors import PlanError, UnsupportedGraphError
+from toprovar_compile.errors import PlanError, ScaleGuardError, UnsupportedGraphError
 from toprovar_compile.inductor import Compiled
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
@@ -26,7 +27,7 @@ from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import pruned
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
-from toprovar_compile.session import generation
+from toprovar_compile.session import Session, generation
 
 # Where entropy is measured, attention is another kernel: sums in another order. Logits reach 2.
 TOLERANCE = {"rtol": 0.0, "atol": 2e-6}
@@ -95,6 +96,20 @@ def pair(make_var: Callable[..., VAR]) -> Iterator[Pair]:
 @pytest.fixture(autouse=True)
 def _fresh_counters() -> None:
     counters.reset()
+
+
+@pytest.fixture
+def states(monkeypatch: pytest.MonkeyPatch) -> list[StepState]:
+    """The states that generations make from here on."""
+    made: list[StepState] = []
+    original = StepState.__init__
+
+    def init(self: StepState, *args: Any) -> None:
+        original(self, *args)
+        made.append(self)
+
+    monkeypatch.setattr(StepState, "__init__", init)
+    return made
 
 
 def _prune(keep: int) -> LayerAction:
@@ -237,20 +252,79 @@ def test_grids_that_repeat_and_that_do_not_divide(make_var: Callable[..., VAR]) 
         own.check(_plan(model, late, restore=restore), THREE)
 
 
-def test_entropy_and_deltas_are_kept_only_where_they_are_read(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    made: list[StepState] = []
-    original = StepState.__init__
-
-    def init(self: StepState, *args: Any) -> None:
-        original(self, *args)
-        made.append(self)
-
-    monkeypatch.setattr(StepState, "__init__", init)
+def test_entropy_and_deltas_are_kept_only_where_they_are_read(pair: Pair, states: list[StepState]) -> None:
     pair.check(_plan(pair.model, {4: (DENSE, _prune(12), DENSE)}), ONE)
-    (state,) = made
+    (state,) = states
     assert [layer.entropy is not None for layer in state.layers] == [False, True, False]
     assert [layer.delta is not None for layer in state.layers] == [False, True, False]
     assert [layer.lengths for layer in state.layers] == [[66], [42], [66]]
+
+
+# memory
+
+
+def _tokens(lane: Lane) -> list[int]:
+    """Tokens that the memory of caches has room for."""
+    return sorted(len(memory) for memory in lane._memory.values())
+
+
+def test_caches_have_room_for_all_scales_but_the_last_and_once_for_that(pair: Pair, states: list[StepState]) -> None:
+    dispatch.reset()
+    exits = Plan.keep_share(pair.model.schedule, 3, 0.5, 3, bucket=2, exit_scale=4)
+    for plan, room in ((exits, 3 * 14 + 16), (_plan(pair.model, MIXED), 3 * 30 + 36), (exits, 3 * 30 + 36)):
+        pair.check(plan, ONE)
+        assert _tokens(states[-1].lane) == [room] * 2, "for keys and for values, each of three layers"
+
+
+def _all_scales(model: VAR, step: Callable[..., Any], session: Session) -> tuple[Any, Any]:
+    """What the step returns at the last scale, and its arguments there, for random inputs."""
+    _, cond, mod, _ = model._begin(ONE, 0)
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    for s in session.scales():
+        x = torch.randn(2, model.schedule.tokens[s], 32, generator=torch.Generator().manual_seed(s))
+        args = x, cond, mod, keys, values
+        result = step(*args)
+        _, keys, values = result
+    return result, args
+
+
+def test_a_generation_that_keeps_its_caches_has_them_after_the_last_scale(pair: Pair) -> None:
+    model, step = pair.model, compile_steps(pair.model.step, {"inner": "eager"})
+    with torch.no_grad(), generation(model.schedule, model.fingerprint) as session:
+        want, _ = _all_scales(model, model.step, session)
+        got, _ = _all_scales(model, step, session)
+    torch.testing.assert_close(got, want, **TOLERANCE)
+
+
+def test_caches_that_are_not_kept_are_not_taken_back(pair: Pair) -> None:
+    model, step = pair.model, compile_steps(pair.model.step, {"inner": "eager"})
+    with torch.no_grad(), generation(model.schedule, model.fingerprint, keeps_caches=False) as session:
+        want, _ = _all_scales(model, model.step, session)
+        got, (x, cond, mod, _, _) = _all_scales(model, step, session)
+        torch.testing.assert_close(got[0], want[0], **TOLERANCE)
+        with pytest.raises(ScaleGuardError, match=r"blocks.0 was given a cache of 66 tokens .* keeps_caches=True"):
+            step(x, cond, mod, *got[1:])
+
+
+def test_streams_of_layers_are_not_held(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams: list[weakref.ref[Tensor]] = []
+
+    def watch(part: str | int, s: int, action: Any, layer: Any, x: Tensor) -> None:
+        if isinstance(part, int):
+            assert all(stream() is None for stream in streams[:-1]), "but the one that went into this layer"
+            streams.append(weakref.ref(x))
+        else:
+            streams.clear()
+
+    original = dispatch.StepState.__init__
+
+    def init(self: StepState, *args: Any) -> None:
+        original(self, *args)
+        self.watch = watch
+
+    monkeypatch.setattr(StepState, "__init__", init)
+    pair.check(_plan(pair.model, {4: (_prune(12), DENSE, _prune(12))}), ONE)
 
 
 # guards

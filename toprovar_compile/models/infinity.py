@@ -290,7 +290,7 @@ class Infinity(nn.Module):
         with torch.no_grad():
             grids = self._schedule(ratio, size, schedule)
             options = self._options(grids, cfg, tau, top_k, top_p, cfg_layers)
-            with generation(grids, self.fingerprint, self.plan) as session:
+            with generation(grids, self.fingerprint, self.plan, keeps_caches=False) as session:
                 start, rng = self._begin(text, lengths, negative, negative_lengths, options, seed)
                 x, summed = start.x, None
                 keys: list[Tensor] = []

@@ -305,7 +305,7 @@ class VAR(nn.Module):
         softmax (for show, not for metrics).
         Raises OptionError for labels of a wrong dtype, shape or range.
         """
-        with generation(self.schedule, self.fingerprint, self.plan) as session:
+        with generation(self.schedule, self.fingerprint, self.plan, keeps_caches=False) as session:
             default = self.sampling
             sampling = Sampling(
                 cfg=default.cfg if cfg is None else cfg,

@@ -198,7 +198,8 @@ class PreparedHART(nn.Module):
         `top_k` has no effect, there as here. Raises OptionError for arguments that do not fit the model.
         """
         model: Any = self._official[0]
-        with generation(self.schedule, self.fingerprint, self.plan, model.context_token) as session:
+        again = num_maskgit_iters > 1  # the last scale then reads the caches that it returns
+        with generation(self.schedule, self.fingerprint, self.plan, model.context_token, again) as session:
             image, f_hat, x, cos, sin = self._begin(
                 B, label_B, g_seed, cfg, top_p, more_smooth, context_position_ids, context_mask
             )
