@@ -218,7 +218,9 @@ class Frame:
 
     def holds(self, method: types.MethodType, args: Sequence[Any]) -> bool:
         """Whether Dynamo's guards of this compilation hold for `method(*args)`, and so it may be what is run."""
-        entry = next((e for e in eval_frame._debug_get_cache_entry_list(self.code) if e.compile_id == self.number), None)
+        entry = next(
+            (e for e in eval_frame._debug_get_cache_entry_list(self.code) if e.compile_id == self.number), None
+        )
         if entry is None or isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
             return False
         values = (method.__self__, *args)

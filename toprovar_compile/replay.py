@@ -299,9 +299,7 @@ class _Checked:
         """Whether all of this is so now."""
         program = self.program
         return (
-            self.same_modes()
-            and list(map(_version, program.hoisted)) == self.versions
-            and program.weights.in_modules()
+            self.same_modes() and list(map(_version, program.hoisted)) == self.versions and program.weights.in_modules()
         )
 
 
