@@ -105,11 +105,11 @@ def _compile_step(
         split = split_layers(functional)
         check_split_layers(functional, split)
         dump.split(split)
-        program = StepProgram(split, opts.inner, hints, report, fixed, frame)
+        program = StepProgram(split, opts.inner, hints, report, fixed, frame, binder.plan)
         dump.program(program)
 
         def run(args: list[Any]) -> list[Any]:
-            plan = binder.plan([args[i] for i in fixed], len(program.layers))
+            plan = program.bind([args[i] for i in fixed], len(program.layers))
             dump.begin(plan)
             outs = program(args, plan, state_of(plan, len(program.layers)))
             args.clear()

@@ -50,17 +50,17 @@ class PlanBinder:
         session = current_session()
         if session is None:
             return None
-        if "plan" not in session.store:
+        if not session.bound and self._options.plan == "dense":
+            session.plan, session.bound = None, True
+        elif not session.bound:
             state = [w.data_ptr() for w in weights], [_version(w) for w in weights]
             key = (session.schedule, num_layers, session.known_plan, state)
             if self._checked is None or self._checked[0] != key:
                 self._checked = (key, self._resolve(session, num_layers))
-            session.plan = session.store["plan"] = self._checked[1]
+            session.plan, session.bound = self._checked[1], True
         return session.plan
 
     def _resolve(self, session: Session, num_layers: int) -> Plan | None:
-        if self._options.plan == "dense":
-            return None
         if self._explicit is not None:
             self._explicit.check_model(session.fingerprint(), session.schedule, num_layers)
             return self._explicit

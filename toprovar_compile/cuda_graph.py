@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from toprovar_compile.report import counters, logger
 
@@ -31,7 +32,7 @@ class Scale:
     others must stay where they are. `condition` are the moving ones whose unchanged value lets `run` reuse what it
     computed at an earlier scale. Graphs of a `group` (a plan) are freed together. `generator`, if given, is what `run`
     draws from; it is handed to `run` as a second argument, because a graph draws from a generator of its own, which
-    follows that one.
+    follows that one. Outputs that are `lent` are handed out as the graph writes them, until it is launched again.
     """
 
     key: tuple[Hashable, Hashable]
@@ -42,6 +43,7 @@ class Scale:
     condition: Collection[int] = ()
     generator: torch.Generator | None = None
     group: Hashable = None
+    lent: bool = False
 
     @classmethod
     def stateless(
@@ -50,9 +52,11 @@ class Scale:
         run: Callable[..., list[Any]],
         moving: Collection[int],
         generator: torch.Generator | None = None,
+        *,
+        lent: bool = False,
     ) -> Scale:
         """What changes no Python state."""
-        return cls(key, run, lambda: None, lambda _: None, moving, (), generator)
+        return cls(key, run, lambda: None, lambda _: None, moving, (), generator, lent=lent)
 
     def __call__(self, args: Sequence[Any], generator: torch.Generator | None = None) -> list[Any]:
         if self.generator is None:
@@ -75,8 +79,8 @@ class Captured:
     """A graph and what it reads and writes.
 
     `still` are the positions of arguments that must be where they were, `held` these at capture and `places` where
-    they were. `copied` are the positions of the outputs that the next replay would overwrite under the caller. `state`
-    is what `Scale.restore` takes; `reused` says that the graph lacks what an earlier scale computed from the condition.
+    they were. `copied` are the positions of the outputs that the next replay would overwrite under the caller, `lent`
+    those that are handed out all the same. `state` is what `Scale.restore` takes; `reused` says that the graph lacks what an earlier scale computed from the condition.
     `group` is that of its scale.
     """
 
@@ -88,6 +92,7 @@ class Captured:
     pointers: tuple[int, ...]
     outputs: tuple[Any, ...]
     copied: tuple[int, ...]
+    lent: tuple[int, ...]
     state: Any
     reused: bool
     group: Hashable
@@ -124,6 +129,7 @@ class Lane:
     _checked: set[Hashable] = field(default_factory=set)
     _groups: dict[Hashable, set[Hashable]] = field(default_factory=dict)
     _owned: set[int] = field(default_factory=set)
+    _lent: dict[int, Tensor] = field(default_factory=dict)  # outputs by id, of graphs that are not freed
     _generator: torch.Generator | None = None
     _pool: Any = None
 
@@ -162,7 +168,7 @@ class Lane:
 
     def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
         """`scale.run(args)`, captured or replayed where that is possible."""
-        key = (scale.key, tuple([(args[i].shape, args[i].stride(), args[i].dtype) for i in scale.moving]))
+        key = _key(scale, args)
         self.latest = None
         self._groups[scale.group] = self._groups.pop(scale.group, set())  # the latest is last
         known = self._graphs.get(key)
@@ -206,15 +212,21 @@ class Lane:
         fixed: Sequence[Tensor],
         generator: torch.Generator | None,
     ) -> list[Any]:
-        """`run(*args)`, or `run(*args, generator)`, which reads `fixed` besides, as a graph."""
+        """`run(*args)`, or `run(*args, generator)`, which reads `fixed` besides, as a graph that lends its outputs."""
+        if not self.recordable(args[0]):
+            return list(run(*args) if generator is None else run(*args, generator))
+        return self.run(_call(key, run, args, generator), [*args, *fixed])
 
-        def whole(given: Sequence[Any], *rest: Any) -> list[Any]:
-            return list(run(*given[: len(args)], *rest))
-
-        # `run` computes in the precision that the caller's autocast region asks for.
-        autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-        program = ("call", key, generator is not None, autocast)
-        return self.run(Scale.stateless((program, None), whole, range(len(args)), generator), [*args, *fixed])
+    def ran(
+        self,
+        key: Hashable,
+        run: Callable[..., Sequence[Tensor]],
+        args: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        generator: torch.Generator | None,
+    ) -> None:
+        """`call` would have run this as it is: the next one may become a graph."""
+        self._seen.add(_key(_call(key, run, args, generator), [*args, *fixed]))
 
     def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> Captured | None:
         """A graph of the scale, launched once; None, and everything as it was, where the device refuses."""
@@ -236,6 +248,9 @@ class Lane:
         finally:
             torch.set_autocast_cache_enabled(caching)
         self._replay(graph, scale.generator)
+        own = tuple(i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.data_ptr() not in self._owned)
+        if scale.lent:
+            self._lent.update({id(outputs[i]): outputs[i] for i in own})
         moves = {m.position for m in moving}
         still = tuple(i for i in range(len(fixed)) if i not in moves)
         held = tuple(fixed[i] for i in still)
@@ -247,7 +262,8 @@ class Lane:
             tuple(map(_place, held)),
             _pointers(held),
             tuple(outputs),
-            tuple(i for i, o in enumerate(outputs) if isinstance(o, Tensor) and o.data_ptr() not in self._owned),
+            () if scale.lent else own,
+            own if scale.lent else (),
             scale.save(),
             not fresh,
             scale.group,
@@ -311,9 +327,14 @@ class Lane:
             name = (scale.key[0], i, tuple(a.shape), a.stride(), a.dtype)
             place = self._inputs.get(name)
             if place is None:
-                # Programs that are first given the same tensor share a place, and it is copied once for all of them.
-                place = self._held.get(id(a))
-                if place is None or id(place) in taken or not _unchanged(a, self._sources.get(id(place))):
+                # What a graph of this lane has written is read there. Programs that are first given the same tensor
+                # share a place, and it is copied once for all of them.
+                place = self._lent.get(id(a))
+                if place is None:
+                    place = self._held.get(id(a))
+                    if place is not None and not _unchanged(a, self._sources.get(id(place))):
+                        place = None
+                if place is None or id(place) in taken:
                     with torch.inference_mode(False):
                         place = torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device=a.device)
                 self._inputs[name] = place
@@ -341,7 +362,8 @@ class Lane:
         if _unchanged(a, source):
             return
         at = id(place)
-        place.copy_(a)
+        if a is not place:
+            place.copy_(a)
         # Holding the source keeps its address from being taken by another tensor.
         self._sources[at] = (a, -1 if a.is_inference() else a._version)
         self._held[id(a)] = place
@@ -360,7 +382,25 @@ class Lane:
         outputs = list(known.outputs)
         for i in known.copied:
             outputs[i] = outputs[i].clone()
+        if known.lent:
+            increment_version([outputs[i] for i in known.lent])
         return outputs
+
+
+def _key(scale: Scale, args: Sequence[Any]) -> Hashable:
+    return scale.key, tuple([(args[i].shape, args[i].stride(), args[i].dtype) for i in scale.moving])
+
+
+def _call(
+    key: Hashable, run: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], generator: torch.Generator | None
+) -> Scale:
+    def whole(given: Sequence[Any], *rest: Any) -> list[Any]:
+        return list(run(*given[: len(args)], *rest))
+
+    # `run` computes in the precision that the caller's autocast region asks for.
+    autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    program = ("call", key, generator is not None, autocast)
+    return Scale.stateless((program, None), whole, range(len(args)), generator, lent=True)
 
 
 def _place(value: Any) -> Any:
@@ -393,6 +433,16 @@ class Lanes:
             lane = Lane() if at is None else self._idle.pop(at)[1]
         lane.begin()
         return lane
+
+    def resume(self, fits: Callable[[Any, Lane], bool]) -> tuple[Any, Lane] | None:
+        """The idle lane given back last of those that fit, with its key."""
+        with self._lock:
+            at = next((i for i in reversed(range(len(self._idle))) if fits(*self._idle[i])), None)
+            if at is None:
+                return None
+            key, lane = self._idle.pop(at)
+        lane.begin()
+        return key, lane
 
     def give(self, key: Hashable, lane: Lane) -> None:
         """Take a lane back; the one that waits longest is freed when there are too many."""

@@ -8,10 +8,10 @@ and is counted.
 from __future__ import annotations
 
 import threading
-import types
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from operator import attrgetter
 from typing import Any
 
 import sympy
@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from toprovar_compile.cuda_graph import Lane, Scale, lanes
 from toprovar_compile.errors import PlanError, ScaleGuardError, UnsupportedGraphError
-from toprovar_compile.inductor import Compiled, Inner, compile_graph
+from toprovar_compile.inductor import Compiled, Frame, Inner, compile_graph
 from toprovar_compile.passes import (
     PASSES_OF_A_VARIANT,
     Layer,
@@ -53,9 +53,9 @@ from toprovar_compile.plan import DENSE, LayerAction, Plan
 from toprovar_compile.policies.decide import ENTROPY_SOURCE
 from toprovar_compile.policies.selection import kept_by_entropy, kept_tokens
 from toprovar_compile.policies.tokens import area_tables, resize_tokens
-from toprovar_compile.replay import StepReplays
+from toprovar_compile.replay import StepReplays, resumable
 from toprovar_compile.report import GraphReport, counters, logger, ran
-from toprovar_compile.session import Session, current_session
+from toprovar_compile.session import Session, current_session, on_generation
 
 Grid = tuple[int, int]
 
@@ -285,7 +285,7 @@ class LayerState:
 class StepState:
     """State of the compiled steps of one generation, kept in its session; without a session, of one step."""
 
-    def __init__(self, session: Session | None, plan: Plan | None, count: int) -> None:
+    def __init__(self, session: Session | None, plan: Plan | None, count: int, lane: Lane | None = None) -> None:
         self.session = session
         self.follow(plan)
         self._layers = [LayerState() for _ in range(count)]
@@ -295,7 +295,7 @@ class StepState:
         self.room = _Room.of(session, plan)
         key = (count, session.schedule if session else None)
         self.watch: Watch | None = session.store.get(WATCH) if session is not None else None
-        self.lane = lanes.take(key) if session is not None else Lane()
+        self.lane = lane if lane is not None else lanes.take(key) if session is not None else Lane()
         self.replays = StepReplays(self)
         if session is not None:
             session.on_close.append(lambda: lanes.give(key, self.lane))
@@ -308,6 +308,14 @@ class StepState:
             saved, self._restored = self._restored, None
             self._layers = [replace(s, buffers=list(s.buffers), lengths=list(s.lengths)) for s in saved.layers]
         return self._layers
+
+    def begin(self) -> None:
+        """Let the generation launch its parts as graphs of this lane."""
+        assert self.session is not None
+        self.session.graphs, self.session.replays = self.lane.call, self.replays
+        for part in self.session.early:
+            self.lane.ran(*part)
+        self.session.early.clear()
 
     def follow(self, plan: Plan | None) -> None:
         """Go on with `plan`: the one of the generation, or an alternative of it that the image chose."""
@@ -327,7 +335,11 @@ class StepState:
 
     def rewritten(self, weights: Sequence[Any]) -> bool:
         """Whether one of these was written to since the generation first looked at it."""
-        return any([self.versions.setdefault(id(w), v) != v for w in weights if (v := _version(w)) >= 0])
+        counted = [w for w in weights if isinstance(w, Tensor) and not w.is_inference()]
+        ids, now = list(map(id, counted)), list(map(attrgetter("_version"), counted))
+        first = list(map(self.versions.get, ids, now))
+        self.versions.update(zip(ids, first, strict=True))
+        return first != now
 
 
 @dataclass(frozen=True)
@@ -439,13 +451,15 @@ class StepProgram:
         hints: Mapping[str, int],
         report: GraphReport,
         fixed: Collection[int] = (),
-        frame: types.CodeType | None = None,
+        frame: Frame | None = None,
+        bind: Callable[[Sequence[Any], int], Plan | None] = lambda weights, layers: None,
     ) -> None:
         """`fixed` are the positions of inputs that stay where they are in memory: weights and buffers.
 
-        `frame` is the code that the graph was captured from, if running that does nothing but what the graph says.
+        `frame` is what the graph was captured from, if running that does nothing but what the graph says. `bind` gives
+        the generation in progress its plan, from the fixed inputs and the number of layers.
         """
-        self.fixed, self.frame = tuple(fixed), frame
+        self.fixed, self.frame, self.bind = tuple(fixed), frame, bind
         self.split, self.report = split, report
         self.layers = [self._bind(layer, inner, hints) for layer in split.layers]
         self.runs = _runs(self.layers)
@@ -516,7 +530,7 @@ class StepProgram:
         x = args[self.moving[0]] if self.moving else None
         if x is None or state.session is None or state.watch is not None or not self._graphable(plan, state, x):
             return self._run(args, plan, state)
-        state.session.graphs, state.session.replays = state.lane.call, state.replays
+        state.begin()
         if state.rewritten([args[i] for i in self.hoisted]):
             # Graphs of later scales read what earlier ones made of the weights.
             counters.add("cuda_graph_miss", "weights were changed between scales")
@@ -784,18 +798,30 @@ def state_of(plan: Plan | None, count: int) -> StepState:
     session = current_session()
     if session is None:
         return StepState(None, None, count)
+    if plan is not None and plan.num_layers != count:
+        raise PlanError(
+            f"the plan has {plan.num_layers} layers, the captured step has {count}",
+            where="plan.num_layers",
+            expected=str(count),
+            todo="make the plan for this model",
+        )
     state = session.store.get("steps")
     if state is None or len(state.layers) != count:
-        if plan is not None and plan.num_layers != count:
-            raise PlanError(
-                f"the plan has {plan.num_layers} layers, the captured step has {count}",
-                where="plan.num_layers",
-                expected=str(count),
-                todo="make the plan for this model",
-            )
-        state = StepState(session, plan, count)
-        session.store["steps"] = state
+        state = session.store["steps"] = StepState(session, plan, count)
     return state
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _resume(session: Session) -> None:
+    """Begin a generation with what is known from an earlier one of its kind, before its first step."""
+    found = None if session.compiler is None else lanes.resume(lambda key, lane: resumable(session, key[1], lane))
+    if found is not None:
+        (count, _), lane = found
+        state = session.store["steps"] = StepState(session, None, count, lane)
+        state.begin()
+
+
+on_generation.append(_resume)
 
 
 def current_lane() -> Lane | None:

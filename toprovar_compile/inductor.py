@@ -7,6 +7,7 @@ them comes back as sympy relations, for the dispatcher to check before each use:
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import os
 import re
@@ -22,8 +23,10 @@ import sympy
 import torch
 from functorch.compile import aot_module_simplified
 from torch import Tensor
+from torch._C._dynamo import eval_frame
+from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.source import ConstantSource
-from torch._guards import TracingContext, tracing
+from torch._guards import CompileContext, CompileId, TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
@@ -235,8 +238,36 @@ def _explain_failure(error: BaseException) -> None:
 # what Dynamo checks
 
 
-def pure_frame() -> types.CodeType | None:
-    """The code that Dynamo is compiling, for a backend that it calls; None where running it is more than its graph.
+@dataclass(frozen=True)
+class Frame:
+    """What Dynamo compiled: a function's code, and the number of this compilation of it."""
+
+    code: types.CodeType
+    number: CompileId
+
+    def holds(self, method: types.MethodType, args: Sequence[Any]) -> bool:
+        """Whether Dynamo's guards of this compilation hold for `method(*args)`, and so it may be what is run."""
+        entry = next(
+            (e for e in eval_frame._debug_get_cache_entry_list(self.code) if e.compile_id == self.number), None
+        )
+        if entry is None or isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
+            return False
+        values = (method.__self__, *args)
+        given = self.code.co_argcount - len(values)
+        defaults = method.__func__.__defaults__ or ()
+        if self.code.co_flags & _VARIADIC or self.code.co_kwonlyargcount or self.code.co_freevars:
+            return False
+        if not 0 <= given <= len(defaults):
+            return False
+        values += defaults[len(defaults) - given :]
+        return bool(entry.guard_manager.check(dict(zip(self.code.co_varnames, values, strict=False))))
+
+
+_VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS
+
+
+def pure_frame() -> Frame | None:
+    """What Dynamo is compiling, for a backend that it calls; None where running it is more than its graph.
 
     That is so where it changes what was there before (it appends to a list of the caller, sets an attribute), draws
     random numbers in Python, goes on after a graph break, or computes with numbers that its arguments do not hold.
@@ -248,7 +279,8 @@ def pure_frame() -> types.CodeType | None:
         tx: Any = InstructionTranslator.current_tx()
     except AttributeError:
         tx = None
-    if tx is None:  # not called by Dynamo
+    number = CompileContext.current_compile_id()
+    if tx is None or number is None:  # not called by Dynamo
         return None
     effects, reason = tx.output.side_effects, tx.output.compile_subgraph_reason
     new = AttributeMutationNew, ValueMutationNew
@@ -257,8 +289,7 @@ def pure_frame() -> types.CodeType | None:
         return None
     if reason is None or reason.graph_break or not _sizes_are_of_arguments(tx):
         return None
-    code: types.CodeType = tx.f_code
-    return code
+    return Frame(tx.f_code, number)
 
 
 def _tracked(effects: Any) -> Iterator[Any]:

@@ -1,21 +1,26 @@
 """Replay a scale of a step without going through Dynamo and AOTAutograd, which look at every weight of the model.
 
 A step is replayed so only if its CUDA graph was launched through them before, in this or an earlier generation, for
-arguments of this very form, and if in this generation they have already run the same compiled code for another scale.
-Why the images are then the ones that they would give:
+arguments of this very form, and if in this generation Dynamo's guards of the same compiled code held for a scale: it
+ran the code, or its guards were asked, here, once a generation (`inductor.Frame.holds`). Why the images are then the
+ones that running the step would give:
 
 - Dynamo's guards are about the arguments, the modes of torch, and the model with the globals that its code reads. Those
   on arguments held when the graph was launched for arguments of equal form (types, dtypes, devices, sizes, strides,
   which of them are the same, all plain values); form is compared anew. Those on modes and on the model held earlier in
-  this generation; modes are compared anew, and so is what the model consists of: at every scale each of its weights
-  must be the same tensor in the same module. Their addresses are those of the recording, once an image. Numbers that
-  relate the two kinds are refused: sizes that a program computes with are those of arguments alone
+  this generation, or hold now; modes are compared anew, and so is what the model consists of: at every scale each of
+  its weights must be the same tensor in the same module. Their addresses are those of the recording, once an image.
+  Numbers that relate the two kinds are refused: sizes that a program computes with are those of arguments alone
   (`inductor.pure_frame`).
+- Code whose guards hold is code that Dynamo may run, if it was compiled for the backend that it compiles for now. That
+  is so if the generation runs under the callback of Dynamo that the code was run under before: one belongs to one call
+  of `torch.compile`, and a stance that forbids compiled code has another or none.
 - What Dynamo's code does beside running the graph must be nothing: no change of an object that was there before, no
   graph break, no random number, and every output of the graph is found in the result as it is, and every input among
   the arguments and the weights. So the result is the same arrangement of the same outputs.
 - Weights that are written to are read by the graph as they are; those of which an earlier scale made something for the
   whole image (casts, say) must have been left alone since the generation began.
+- The plan of a generation whose first scale is replayed is bound as the step itself would bind it, to the same weights.
 
 What code between two scales of an image changes at a module other than its tensors and submodules (flags, numbers), in
 globals that the step reads, or at the address under a weight (`weight.data = ...`), is seen at the next image.
@@ -23,26 +28,28 @@ globals that the step reads, or at the address under a weight (`weight.data = ..
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter, is_
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from toprovar_compile.cuda_graph import Captured, Launch, Moving
-from toprovar_compile.inductor import mode_guard, tensor_guard
+from toprovar_compile.cuda_graph import Captured, Lane, Launch, Moving
+from toprovar_compile.inductor import Frame, mode_guard, tensor_guard
 from toprovar_compile.report import counters
 
 if TYPE_CHECKING:
     from toprovar_compile.dispatch import StepProgram, StepState
+    from toprovar_compile.session import Session
 
 _TENSORS = {Tensor}
 _PLAIN = (type(None), bool, int, float, str)
-_END = object()
+_FIRST = "first program"  # key in `Lane.notes` of what the latest generation on the lane began with
 _version = attrgetter("_version")
 
 
@@ -52,6 +59,7 @@ class StepReplays:
     def __init__(self, state: StepState) -> None:
         self._owner = weakref.ref(state)  # which holds this: what a generation had is freed at its end
         self._checked: dict[StepProgram, _Checked] = {}
+        self._in_place: set[int] = set()
         self._latest: tuple[StepProgram, Launch] | None = None
 
     @property
@@ -68,33 +76,61 @@ class StepReplays:
     def replay(self, run: Callable[..., Any], args: Sequence[Any]) -> Any:
         """What `run(*args)` returns, by launching the graph of this scale; None where `run` has to run."""
         state = self._state
-        assert state.session is not None
-        plan = state.session.plan
+        session = state.session
+        assert session is not None
+        if not session.bound and not self._bind(state.lane.notes.get(_FIRST), run):
+            return None
+        plan = session.plan
         if plan is not state.plan:
             state.follow(plan)
         form = _Form.of(args)
-        known = None if form is None else _known(state).get((state.digest, state.session.scale, form.key))
-        checked = None if known is None else self._checked.get(known.program)
-        if form is None or known is None or checked is None or not form.values:
+        known = None if form is None else _known(state).get((state.digest, session.scale, form.key))
+        if form is None or known is None or not form.values:
             return None
         values, captured = form.values, known.captured()
         if (
             captured is None
-            or checked.run != run
-            or checked.weights is not known.weights
             or not known.is_like(*values)
-            or not all([_same_place(values[i], captured.held[j]) for i, j in known.caches])
-            or not checked.still()
+            or not known.reads_caches(values, captured)
+            or not self._holds(known.program, run, args)
             or not state.lane.recordable(values[0])
         ):
             return None
         outputs = state.lane.replay(known.launch, captured, known.moving, values)
         if outputs is None:
             return None
-        known.program.begin(plan, state)
+        known.program.step.begin(plan, state)
         state.restore(captured.state)
         counters.add("replayed")
         return _arrange(known.result, outputs)
+
+    def _bind(self, first: _Program | None, run: Callable[..., Any]) -> bool:
+        """Bind the plan of a generation that begins with this program; False where it may begin with another."""
+        if first is None or first.run != run or not first.weights.in_modules():
+            return False
+        first.step.bind(first.fixed, len(first.step.layers))
+        return True
+
+    def _holds(self, program: _Program, run: Callable[..., Any], args: Sequence[Any]) -> bool:
+        """Whether Dynamo's guards on model and modes held in this generation, and nothing has changed since."""
+        checked = self._checked.get(program.step)
+        if checked is not None:
+            return checked.program is program and program.run == run and checked.still()
+        state, weights = self._state, program.weights
+        assert state.session is not None
+        if (
+            program.run != run
+            or state.session.compiler is None
+            or program.compiler() is not state.session.compiler
+            or not weights.in_modules()
+            or not (id(weights) in self._in_place or weights.in_place())
+            or state.rewritten(program.hoisted)
+            or not program.frame.holds(program.run, args)
+        ):
+            return False
+        self._in_place.add(id(weights))
+        self._checked[program.step] = _Checked.now(program)
+        return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def learn(self, run: Callable[..., Any], args: Sequence[Any], result: Any) -> None:
@@ -103,22 +139,34 @@ class StepReplays:
         latest, self._latest, state.lane.latest = self._latest, None, None
         if latest is None:
             return
-        program, launch = latest
-        weights = _weights(state, program, run, launch.args)
-        if weights is None:
+        step, launch = latest
+        program = _program(state, step, run, launch.args)
+        if program is None:
             return
-        versions = list(map(_version, weights.hoisted))
-        self._checked[program] = _Checked(run, weights, versions, mode_guard())
+        if not self._checked:
+            state.lane.notes[_FIRST] = program
+        self._checked[step] = _Checked.now(program)
         form = _Form.of(args)
         assert state.session is not None
         if form is None:
             return
         key = (state.digest, state.session.scale, form.key)
         old = _known(state).get(key)
-        if old is None or old.captured() is not launch.captured or old.weights is not weights:
-            found = _Known.of(program, weights, launch, form, result)
+        if old is None or old.captured() is not launch.captured or old.program is not program:
+            found = _Known.of(program, launch, form, result)
             if found is not None:
                 _known(state)[key] = found
+
+
+def resumable(session: Session, schedule: Any, lane: Lane) -> bool:
+    """Whether a generation may begin on this idle lane of `schedule` before its first step has run."""
+    first: _Program | None = lane.notes.get(_FIRST)
+    return (
+        first is not None
+        and schedule == session.schedule
+        and first.compiler() is session.compiler
+        and lane.recordable(first.fixed[0])
+    )
 
 
 @dataclass(frozen=True)
@@ -137,12 +185,11 @@ class _Form:
         except _Foreign:
             return None
         ids = list(map(id, tensors))
+        if len(set(ids)) == len(ids):
+            return cls((spec, ()), tensors)
         unique = dict(zip(ids, tensors, strict=True))
-        same: tuple[int, ...] = ()
-        if len(unique) < len(ids):
-            order = {at: n for n, at in enumerate(unique)}
-            same = tuple(map(order.__getitem__, ids))
-        return cls((spec, same), list(unique.values()))
+        order = {at: n for n, at in enumerate(unique)}
+        return cls((spec, tuple(map(order.__getitem__, ids))), list(unique.values()))
 
 
 class _Foreign(Exception):
@@ -169,7 +216,7 @@ def _flatten(value: Any, into: list[Tensor]) -> Hashable:
 
 @dataclass(frozen=True)
 class _Weights:
-    """The weights of a program with their addresses, those that are hoisted, and where they are in its model.
+    """Weights of a model with their addresses, and where they are in it.
 
     `tables` are the dicts of modules in which they, and the modules on the way to them, were found, and `found` all
     that was in these.
@@ -177,23 +224,32 @@ class _Weights:
 
     tensors: list[Tensor]
     pointers: list[int]
-    hoisted: list[Tensor]
     tables: list[dict[str, Any]]
     found: list[Any]
 
     @classmethod
-    def of(cls, model: nn.Module, tensors: list[Tensor], pointers: list[int], hoisted: list[Tensor]) -> _Weights | None:
-        """None where a tensor is in no module, or counts no versions."""
-        if any(t.is_inference() for t in hoisted):
-            return None
+    def of(cls, model: nn.Module, tensors: list[Tensor]) -> _Weights | None:
+        """None where a tensor is in no module."""
         wanted, tables = set(map(id, tensors)), list[dict[str, Any]]()
         _find(model, wanted, tables)
-        found = [value for table in tables for value in table.values()]
-        return cls(tensors, pointers, hoisted, tables, [*found, _END]) if wanted <= set(map(id, found)) else None
+        found = _held_by(tables)
+        if not wanted <= set(map(id, found)):
+            return None
+        return cls(tensors, [t.data_ptr() for t in tensors], tables, found)
 
     def in_modules(self) -> bool:
         """Whether they are still what the modules hold."""
-        return all(map(is_, chain(chain.from_iterable(map(dict.values, self.tables)), (_END,)), self.found))
+        found = _held_by(self.tables)
+        return len(found) == len(self.found) and all(map(is_, found, self.found))
+
+    def in_place(self) -> bool:
+        """Whether they are still where they were in memory."""
+        return [t.data_ptr() for t in self.tensors] == self.pointers
+
+
+def _held_by(tables: list[dict[str, Any]]) -> list[Any]:
+    """All values of dicts with strings as keys, in order: the fastest way to them."""
+    return gc.get_referents(*tables)
 
 
 def _find(module: nn.Module, wanted: set[int], into: list[dict[str, Any]]) -> bool:
@@ -211,18 +267,40 @@ def _find(module: nn.Module, wanted: set[int], into: list[dict[str, Any]]) -> bo
 
 
 @dataclass(frozen=True)
-class _Checked:
-    """Dynamo ran a program in this generation: for which method, on which weights, in which versions and modes."""
+class _Program:
+    """A step program as it was run: for which method, under which callback of Dynamo, and on which weights.
 
-    run: Callable[..., Any]
+    `fixed` are these in the order of its graph, `hoisted` those of which something is made for the whole image.
+    """
+
+    step: StepProgram
+    frame: Frame
+    run: MethodType
+    compiler: Callable[[], Any]
     weights: _Weights
+    fixed: list[Tensor]
+    hoisted: list[Tensor]
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """Dynamo's guards of a program held in this generation: at which versions of the hoisted weights, in which modes."""
+
+    program: _Program
     versions: list[int]
     same_modes: Callable[[], bool]
 
+    @classmethod
+    def now(cls, program: _Program) -> _Checked:
+        """They have just held."""
+        return cls(program, list(map(_version, program.hoisted)), mode_guard())
+
     def still(self) -> bool:
         """Whether all of this is so now."""
-        weights = self.weights
-        return self.same_modes() and weights.in_modules() and list(map(_version, weights.hoisted)) == self.versions
+        program = self.program
+        return (
+            self.same_modes() and list(map(_version, program.hoisted)) == self.versions and program.weights.in_modules()
+        )
 
 
 @dataclass(frozen=True)
@@ -233,8 +311,7 @@ class _Known:
     positions, and those in `Captured.held`. `launch` is the key of the graph in its lane.
     """
 
-    program: StepProgram
-    weights: _Weights
+    program: _Program
     captured: weakref.ref[Captured]
     launch: Any
     is_like: Callable[..., bool]
@@ -243,10 +320,10 @@ class _Known:
     result: Any
 
     @classmethod
-    def of(cls, program: StepProgram, weights: _Weights, launch: Launch, form: _Form, result: Any) -> _Known | None:
+    def of(cls, program: _Program, launch: Launch, form: _Form, result: Any) -> _Known | None:
         """None, and counted, where Dynamo's code gave the graph other tensors, or returns others."""
         captured, position = launch.captured, {id(value): i for i, value in enumerate(form.values)}
-        fixed = set(program.fixed)
+        fixed = set(program.step.fixed)
         moving, caches = [], []
         places = {m.position: m for m in captured.moving}
         held = {i: j for j, i in enumerate(captured.still)}
@@ -273,7 +350,6 @@ class _Known:
             return None
         return cls(
             program,
-            weights,
             weakref.ref(captured),
             launch.key,
             tensor_guard(form.values),
@@ -281,6 +357,11 @@ class _Known:
             tuple(caches),
             arrangement,
         )
+
+    def reads_caches(self, values: Sequence[Tensor], captured: Captured) -> bool:
+        """Whether the caches among `values` are where the graph reads them."""
+        held = captured.held
+        return all([values[i] is held[j] or values[i].data_ptr() == held[j].data_ptr() for i, j in self.caches])
 
 
 def _refused(reason: str) -> None:
@@ -292,29 +373,46 @@ def _known(state: StepState) -> dict[Hashable, _Known]:
     return known
 
 
-def _weights(state: StepState, program: StepProgram, run: Callable[..., Any], args: Sequence[Any]) -> _Weights | None:
-    """The weights that `run` gave its graph, if they are found in its model and its code is that of the program."""
-    code = getattr(run, "__code__", None)
-    model = getattr(run, "__self__", None)
-    if program.frame is None or code is not program.frame or not isinstance(model, nn.Module):
+def _program(state: StepState, step: StepProgram, run: Callable[..., Any], args: Sequence[Any]) -> _Program | None:
+    """What `run` has just run, if the weights are found in its model and its code is that of the program."""
+    model, frame = getattr(run, "__self__", None), step.frame
+    if frame is None or not isinstance(run, MethodType) or run.__code__ is not frame.code:
         _refused("a step is not one method of a module, or does more than its graph")
         return None
-    tensors = [args[i] for i in program.fixed]
-    key = ("weights", program)
-    pointers = [t.data_ptr() for t in tensors]
-    old: _Weights | None = state.lane.notes.get(key)
-    if old is not None and all(map(is_, tensors, old.tensors)) and pointers == old.pointers and old.in_modules():
-        return old
-    found = _Weights.of(model, tensors, pointers, [args[i] for i in program.hoisted])
-    if found is None:
+    if not isinstance(model, nn.Module):
+        _refused("a step is not one method of a module, or does more than its graph")
+        return None
+    fixed = [args[i] for i in step.fixed]
+    hoisted = [args[i] for i in step.hoisted]
+    weights = _weights(state, model, fixed)
+    if weights is None or any(t.is_inference() for t in hoisted):
         _refused("weights are not all in the modules of the step")
         return None
-    state.lane.notes[key] = found
+    assert state.session is not None
+    compiler = state.session.compiler
+    old: _Program | None = state.lane.notes.get(("program", step))
+    if (
+        old is not None
+        and old.weights is weights
+        and old.run == run
+        and old.compiler() is compiler
+        and all(map(is_, fixed, old.fixed))
+    ):
+        return old
+    reference = (lambda: None) if compiler is None else weakref.ref(compiler)
+    found = _Program(step, frame, run, reference, weights, fixed, hoisted)
+    state.lane.notes["program", step] = found
     return found
 
 
-def _same_place(a: Tensor, b: Tensor) -> bool:
-    return a is b or a.data_ptr() == b.data_ptr()
+def _weights(state: StepState, model: nn.Module, fixed: list[Tensor]) -> _Weights | None:
+    """These weights, which are the same ones for programs that read the same; None where one is in no module."""
+    old: _Weights | None = state.lane.notes.get("weights")
+    same = old is not None and set(map(id, fixed)) == set(map(id, old.tensors))
+    if old is not None and same and old.in_modules() and old.in_place():
+        return old
+    found = state.lane.notes["weights"] = _Weights.of(model, fixed)
+    return found
 
 
 def _arrangement(value: Any, outputs: dict[int, int], used: set[int]) -> Any:

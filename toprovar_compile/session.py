@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame
 
 from toprovar_compile.report import counters, logger
 
@@ -31,6 +32,10 @@ IMAGE_SINK = "image"
 """Key in `Session.store` of a callable that is given the images of a generation."""
 
 
+on_generation: list[Callable[[Session], None]] = []
+"""What is called with each session when its generation begins; compiled steps go on there with what they know."""
+
+
 class Replays(Protocol):
     """How compiled steps run a scale again that they have run before; see `toprovar_compile.replay`."""
 
@@ -43,7 +48,7 @@ class Replays(Protocol):
 
 @dataclass
 class Session:
-    """One generation. `scale` is the scale in progress; `plan` is bound by the first compiled step, None in eager mode,
+    """One generation. `scale` is the scale in progress; `plan` is `bound` by the first compiled step, None in eager mode,
     and exchanged for one of its alternatives when the image decides so.
 
     `ran` is the latest scale that a compiled step has run, None before the first. `prefix` counts the tokens that a
@@ -51,7 +56,8 @@ class Session:
     nobody reads the caches after the last scale that runs, which then need not be kept.
     `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
     the generation ends, however it ends, and `store` is then emptied. `graphs` is how they launch a part of the
-    generation as a CUDA graph, and `replays` how they run a scale that was one before.
+    generation as a CUDA graph, and `replays` how they run a scale that was one before; `early` are the arguments of
+    `launch` before the first step. `compiler` is what Dynamo compiles the steps by, and None in eager mode.
     """
 
     schedule: ScaleSchedule
@@ -62,10 +68,13 @@ class Session:
     scale: int = -1
     ran: int | None = None
     plan: Plan | None = None
+    bound: bool = False
     store: dict[str, Any] = field(default_factory=dict)
     on_close: list[Callable[[], None]] = field(default_factory=list)
+    compiler: Any = None
     graphs: Callable[..., Sequence[Tensor]] | None = None
     replays: Replays | None = None
+    early: list[tuple[Any, ...]] = field(default_factory=list)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
     def step(self, run: Callable[..., Any], *args: Any) -> Any:
@@ -93,10 +102,13 @@ class Session:
         """`run(*args)`, or `run(*args, generator)`: what a model does between its steps, as one launch where it can.
 
         Where compiled steps are CUDA graphs this becomes one as well. So `run` must not wait for the device, must read
-        no tensors but `args` and those in `fixed` (weights), and everything else it depends on must be in `key`.
+        no tensors but `args` and those in `fixed` (weights), must return new ones, and everything else it depends on
+        must be in `key`. What it returns holds until the same is launched again, in a later generation as a rule.
         """
         if self.graphs is not None:
             return self.graphs(key, run, args, fixed, generator)
+        if self.compiler is not None and self.ran is None:
+            self.early.append((key, run, args, fixed, generator))
         return run(*args) if generator is None else run(*args, generator)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -106,6 +118,7 @@ class Session:
             sink(images)
         return images
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def guided(self) -> bool:
         """Whether the scale in progress runs with its unconditional half; so it is unless the plan says otherwise."""
         return self.plan is None or self.plan.guided(self.scale)
@@ -144,10 +157,13 @@ def generation(
     take when the user asks for plan="auto"; `prefix` and `keeps_caches` are those of the session.
     """
     session = Session(schedule, fingerprint, known_plan, prefix, keeps_caches)
+    session.compiler = eval_frame.get_eval_frame_callback() or None  # False: it runs what is compiled, and no more
     token = _current.set(session)
     try:
         # In inference mode tensors count no versions, and nothing that was computed from them could be kept.
         with torch.inference_mode(False), torch.no_grad():
+            for resume in on_generation:
+                resume(session)
             yield session
     finally:
         _current.reset(token)
@@ -156,3 +172,4 @@ def generation(
         # What is stored refers back to the session. Memory of a generation must not wait for the garbage collector.
         session.store.clear()
         session.on_close.clear()
+        session.early.clear()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from toprovar_compile.bench import infinity_official
 from toprovar_compile.bench.timeline import Timeline
-from toprovar_compile.models import infinity as infinity_module
 from toprovar_compile.models.infinity import Infinity, InfinityConfig
 from toprovar_compile.plan import Plan
 from toprovar_compile.schedule import ScaleSchedule
@@ -44,8 +43,8 @@ class Picture:
 class Running:
     """A way with its weights on the device.
 
-    `compiled()` makes a function of (seed, forced bits or None) anew. `timeline` is marked while it runs, and `drawn`
-    gets the bits that each scale drew, int64 (1, tokens, bits of a token).
+    `compiled()` makes a function of (seed, forced bits or None) anew. `timeline` is marked while it runs; when it is
+    not on, `drawn` gets the bits that each scale drew, int64 (1, tokens, bits of a token).
     """
 
     compiled: Callable[[], Generate]
@@ -82,13 +81,8 @@ def our_model(
     mark = running.timeline.mark
     _hook(model, "_of_scale", before=lambda: mark(SCALE), disable=True)
     _hook(model, "_advance", before=lambda: mark(SAMPLING), after=lambda _: mark(VAE), disable=True)
-    module: Any = infinity_module
-    original = module.sample_bits
-    _hook(module, "sample_bits", after=running.drawn.append)
-    try:
-        yield running
-    finally:
-        module.sample_bits = original
+    model.on_bits = lambda bits: None if running.timeline.on else running.drawn.append(bits.clone())
+    yield running
 
 
 def random_model(cfg: InfinityConfig, schedule: ScaleSchedule, device: torch.device, dtype: torch.dtype) -> Infinity:

@@ -43,6 +43,11 @@ class Timeline:
         self.device = device
         self._set: Callable[[str], None] | None = None
 
+    @property
+    def on(self) -> bool:
+        """Whether marks are being recorded."""
+        return self._set is not None
+
     def mark(self, name: str) -> None:
         """What follows, up to the next mark, is `name`."""
         if self._set is not None:

@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ from toprovar_compile.models.infinity_text import TextBatch, pack_text
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.decide import decide
 from toprovar_compile.schedule import ScaleSchedule
-from toprovar_compile.session import generation
+from toprovar_compile.session import current_session, generation
 
 __all__ = [
     "INFINITY_2B",
@@ -124,7 +126,7 @@ class Guidance:
         if not (self.on and self.layers):
             return None
         t = self.cfg[s]
-        return torch.tensor([[t, 1 - t], [t, 1 - t] if t != 1 else [0.0, 1.0]], device=device)
+        return _constant(((t, 1 - t), (t, 1 - t) if t != 1 else (0.0, 1.0)), device)
 
 
 class Infinity(nn.Module):
@@ -133,9 +135,11 @@ class Infinity(nn.Module):
     `forward(text)` generates images from T5 features. Compile it with `torch.compile(model, backend="toprovar")`.
     `schedule` is the default of `forward`, `sampling` holds its other defaults; `stream_dtype` is the precision of the
     residual stream; `plan` is the pruning plan made for these weights, which compiled generation takes by default.
+    `on_bits`, if set, is called with the bits that each scale draws, int64 (batch, tokens, bits of a token).
     """
 
     plan: Plan | None = None
+    on_bits: Callable[[Tensor], None] | None = None
 
     def __init__(self, cfg: InfinityConfig) -> None:
         super().__init__()
@@ -392,21 +396,44 @@ class Infinity(nn.Module):
             rng = torch.Generator(device=self.cfg_uncond.device)
             rng.manual_seed(seed)
         # Half of an open number of rows is a size that layers are not compiled for.
-        return self.begin(batch).mark(static_rows=bool(options.guidance.layers)), rng
+        static_rows = bool(options.guidance.layers)
+        return self.begin(batch, static_rows=static_rows).mark(static_rows=static_rows), rng
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin(self, batch: TextBatch) -> Start:
-        """First input, condition, modulation, and the text's keys and values of every layer."""
-        features = self.text_norm(batch.features)
-        mask = batch.mask[:, None, None]
+    def begin(self, batch: TextBatch, *, static_rows: bool = False) -> Start:
+        """First input, condition, modulation, and the text's keys and values of every layer.
+
+        Within a generation they hold until the next one with `static_rows` like this.
+        """
+        session, args = current_session(), (batch.features, batch.mask[:, None, None])
+        if session is None:
+            x, cond, *rest = self._of_text(*args)
+        else:
+            key = "text", self.stream_dtype, static_rows
+            x, cond, *rest = session.launch(key, self._of_text, args, self._text_weights())
+        mod = rest.pop(0) if self.cfg.shared_aln else cond
+        return Start(x, cond, mod, rest[::2], rest[1::2], args[1])
+
+    def _of_text(self, features: Tensor, mask: Tensor) -> list[Tensor]:
+        """First input, condition and, if layers share it, its modulation; then keys and values of each layer."""
+        features = self.text_norm(features)
         cond = self.text_proj_for_sos(features, mask).float()
         x = cond.unsqueeze(1) + self.pos_start.float() + self._level(0)
-        mod = cond
-        if self.cfg.shared_aln:
-            mod = linear32(self.shared_ada_lin, cond).view(-1, 1, 6, self.cfg.embed_dim)
         text = self.text_proj_for_ca(features)
-        pairs = [block.ca.keys_values(text) for block in self.blocks]  # type: ignore[operator, union-attr]
-        return Start(x.to(self.stream_dtype), cond, mod, [k for k, _ in pairs], [v for _, v in pairs], mask)
+        pairs = [t for block in self.blocks for t in block.ca.keys_values(text)]  # type: ignore[operator, union-attr]
+        return [x.to(self.stream_dtype), cond, *([self._modulation(cond)] if self.cfg.shared_aln else []), *pairs]
+
+    def _modulation(self, cond: Tensor) -> Tensor:
+        return linear32(self.shared_ada_lin, cond).view(-1, 1, 6, self.cfg.embed_dim)
+
+    def _text_weights(self) -> list[Tensor]:
+        """The weights that `_of_text` reads."""
+        modules = (self.text_norm, self.text_proj_for_sos, self.text_proj_for_ca, self.shared_ada_lin)
+        weights = [w for m in modules for w in (*m.parameters(), *m.buffers())]
+        for block in self.blocks:
+            ca: Any = block.ca
+            weights += (ca.mat_kv.weight, ca.v_bias, ca.zero_k_bias)
+        return [*weights, self.pos_start, self.lvl_embed.weight]
 
     @staticmethod
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -444,34 +471,93 @@ class Infinity(nn.Module):
         forced: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Sample scale s from logits (R, n, 2 * bits); return the new sum of codes and the next input (R, n', C)."""
-        guidance, t = options.guidance, options.guidance.cfg[s]
+        session, guidance, numbers = current_session(), options.guidance, options.numbers(logits.device)
+        assert session is not None
+        args = [numbers, logits] if summed is None else [numbers, logits, summed]
+        if forced is not None:
+            args.append(self._checked(forced, s, schedule, logits, guidance))
+        mixed = guidance.logits and guidance.cfg[s] != 1
+        how = _Draw(
+            s,
+            schedule,
+            options.top_k,
+            options.top_p,
+            self.stream_dtype,
+            halves=guidance.logits,
+            mixed=mixed,
+            doubled=guidance.on,
+            first=summed is None,
+            forced=forced is not None,
+            told=self.on_bits is not None,
+        )
+        weights = (*self.word_embed.parameters(), self.lvl_embed.weight)
+        summed, *rest = session.launch(("bits", how), partial(self._draw, how), args, weights, rng)
+        if self.on_bits is not None:
+            self.on_bits(rest.pop())
+        return summed, rest[0] if rest else summed
+
+    def _checked(self, forced: Tensor, s: int, schedule: ScaleSchedule, logits: Tensor, guidance: Guidance) -> Tensor:
+        """Bits that take the place of drawn ones, as int64 on the device of the logits."""
+        (h, w), fold = schedule.grids[s], 2 if self.cfg.spatial_patchify else 1
         batch = logits.shape[0] // 2 if guidance.logits else logits.shape[0]
-        logits = logits * (1 / options.tau[s])
-        if guidance.logits and t != 1:
-            logits = t * logits[:batch] + (1 - t) * logits[batch:]
-        h, w = schedule.grids[s]
+        wanted = (batch, h * fold, w * fold, self.vae.codebook_dim)
+        if tuple(forced.shape) != wanted:
+            raise OptionError(
+                f"forced_bits[{s}] has shape {tuple(forced.shape)}", where="Infinity.forward", expected=str(wanted)
+            )
+        return forced.to(device=logits.device, dtype=torch.int64)
+
+    def _draw(self, how: _Draw, numbers: Tensor, logits: Tensor, *rest: Any) -> list[Tensor]:
+        """The new sum of codes, the next input unless this is the last scale, and the bits if somebody is told them.
+
+        `numbers` are those of `Options`; `rest` are the sum of codes so far, forced bits and the generator, where they
+        are given.
+        """
+        left, s = list(rest), how.scale
+        summed = None if how.first else left.pop(0)
+        forced = left.pop(0) if how.forced else None
+        scale, t, other = numbers[s].unbind()
+        batch = logits.shape[0] // 2 if how.halves else logits.shape[0]
+        logits = logits * scale
+        if how.mixed:
+            logits = t * logits[:batch] + other * logits[batch:]
+        drawn = sample_bits(logits[:batch].contiguous(), how.top_k, how.top_p, left[0] if left else None)
+        h, w = how.schedule.grids[s]
         fold = 2 if self.cfg.spatial_patchify else 1
-        bits = sample_bits(logits[:batch].contiguous(), options.top_k, options.top_p, rng)
-        bits = bits.view(batch, h, w, -1)
+        bits = drawn.view(batch, h, w, -1)
         if fold > 1:
             bits = F.pixel_shuffle(bits.permute(0, 3, 1, 2), fold).permute(0, 2, 3, 1)
-        if forced is not None:
-            if forced.shape != bits.shape:
-                raise OptionError(
-                    f"forced_bits[{s}] has shape {tuple(forced.shape)}",
-                    where="Infinity.forward",
-                    expected=str(tuple(bits.shape)),
-                )
-            bits = forced.to(bits)
-        grids = tuple((a * fold, b * fold) for a, b in schedule.grids)
-        summed, nxt = self.vae.next_input(s, summed, self.vae.bits_to_codes(bits), grids)
-        if nxt is None:
-            return summed, logits
-        if fold > 1:
-            nxt = F.pixel_unshuffle(nxt, fold)
-        tokens = nxt.flatten(2).transpose(1, 2).to(self.word_embed.weight.dtype)
-        x = (self.word_embed(tokens).float() + self._level(s + 1)).to(self.stream_dtype)
-        return summed, x.repeat(2, 1, 1) if guidance.on else x
+        codes = self.vae.bits_to_codes(bits if forced is None else forced)
+        grids = tuple((a * fold, b * fold) for a, b in how.schedule.grids)
+        summed, nxt = self.vae.next_input(s, summed, codes, grids)
+        out = [summed]
+        if nxt is not None:
+            nxt = F.pixel_unshuffle(nxt, fold) if fold > 1 else nxt
+            tokens = nxt.flatten(2).transpose(1, 2).to(self.word_embed.weight.dtype)
+            x = (self.word_embed(tokens).float() + self._level(s + 1)).to(how.dtype)
+            out.append(x.repeat(2, 1, 1) if how.doubled else x)
+        return [*out, drawn] if how.told else out
+
+
+@dataclass(frozen=True)
+class _Draw:
+    """How a scale is sampled; what is launched for one is the same for an equal one.
+
+    `halves`: the logits are those of both halves, which are `mixed` or not; `doubled`: the next input has both;
+    `told`: somebody wants to know the bits.
+    """
+
+    scale: int
+    schedule: ScaleSchedule
+    top_k: int
+    top_p: float
+    dtype: torch.dtype
+    halves: bool
+    mixed: bool
+    doubled: bool
+    first: bool
+    forced: bool
+    told: bool
 
 
 @dataclass(frozen=True)
@@ -482,6 +568,17 @@ class Options:
     tau: tuple[float, ...]
     top_k: int
     top_p: float
+
+    def numbers(self, device: torch.device) -> Tensor:
+        """(scales, 3) float32: 1 / tau, t and 1 - t of each scale."""
+        return _constant(tuple((1 / tau, t, 1 - t) for tau, t in zip(self.tau, self.guidance.cfg, strict=True)), device)
+
+
+@lru_cache(maxsize=64)
+def _constant(rows: tuple[tuple[float, ...], ...], device: torch.device) -> Tensor:
+    """Copying numbers to a device waits for it, so they are kept."""
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(rows, device=device)
 
 
 def _per_scale(name: str, value: float | Sequence[float], scales: int) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -50,12 +51,19 @@ def pack_text(
         rows += against * (len(rows) // len(against))
     elif guided:
         rows += [unconditional[: len(row)].float() for row in rows]
-    counts = torch.tensor([len(row) for row in rows])
-    total = -(-int(counts.max()) // multiple) * multiple
+    counts = tuple(len(row) for row in rows)
+    total = -(-max(counts) // multiple) * multiple
     padded = pad_sequence(rows, batch_first=True)
     features = padded.new_zeros(len(rows), total, padded.shape[2])
     features[:, : padded.shape[1]] = padded
-    return TextBatch(features, (torch.arange(total) < counts[:, None]).to(features.device))
+    return TextBatch(features, _mask(counts, total, features.device))
+
+
+@lru_cache(maxsize=64)
+def _mask(counts: tuple[int, ...], total: int, device: torch.device) -> Tensor:
+    """Kept, because copying it to a device waits for what runs there: the image before."""
+    with torch.inference_mode(False), torch.no_grad():
+        return (torch.arange(total) < torch.tensor(counts)[:, None]).to(device)
 
 
 def _rows(name: str, text: Sequence[Tensor] | Tensor, lengths: Sequence[int] | None, like: Tensor) -> list[Tensor]:

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from toprovar_compile.errors import OptionError, UnsupportedModelError
 from toprovar_compile.models.bsq import BSQVAE, BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig, Start
-from toprovar_compile.models.infinity_text import TextBatch
 from toprovar_compile.prepare.family import Family, lacks
 from toprovar_compile.prepare.sharing import Sharing, check_ready, check_used, leave_inference, without_autocast
 from toprovar_compile.schedule import ScaleSchedule
@@ -92,18 +91,10 @@ class PreparedInfinity(Infinity):
             return super()._begin(*rest, None)[0], seed
         return super()._begin(*args)  # type: ignore[no-any-return]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def begin(self, batch: TextBatch) -> Start:
-        """As in `Infinity`, the modulation in float32 under autocast too."""
-        start: Start = super().begin(batch)
-        if self.cfg.shared_aln and torch.is_autocast_enabled(start.x.device.type):
-            linear: Any = self.shared_ada_lin[-1]  # type: ignore[index]
-            with without_autocast(start.x.device):
-                mod = nn.functional.linear(
-                    nn.functional.silu(start.cond), linear.weight.float(), linear.bias.float()
-                ).view(-1, 1, 6, self.cfg.embed_dim)
-            return replace(start, mod=mod)
-        return start
+    def _modulation(self, cond: Tensor) -> Tensor:
+        """As in `Infinity`, in float32 under autocast too."""
+        with without_autocast(cond.device):
+            return super()._modulation(cond)
 
     def get_logits(self, x: Tensor, cond: Tensor) -> Tensor:
         """As in `Infinity`, in float32 under autocast too."""
