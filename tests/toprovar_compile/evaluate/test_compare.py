@@ -62,7 +62,7 @@ def test_a_whole_comparison(model: VAR, tmp_path: Path, monkeypatch: pytest.Monk
         assert row["ssim"]["low"] <= row["ssim"]["mean"] <= row["ssim"]["high"]
     assert set(results["ours_against"]) == {"exit", "unguided", "fastvar", "skipvar"}
     assert results["frontiers"]["exit"] and (tmp_path / "policies_cpu.png").exists()
-    assert (tmp_path / "policies_cpu_worst.png").exists()
+    assert (tmp_path / "policies_cpu_worst.jpg").exists()
     text = markdown(results)
     assert "### Ours minus theirs" in text and "| tuned | mine |" in text and "nan" not in text
     assert len(set(results["labels"])) == 3 and not results["not_measured"]
