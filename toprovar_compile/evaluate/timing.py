@@ -17,12 +17,15 @@ from typing import Any
 import torch
 
 from toprovar_compile import measure
-from toprovar_compile.evaluate.intervals import mean_interval
+from toprovar_compile.evaluate.intervals import Interval
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.decide import always
+from toprovar_compile.report import counters
 
-_CALLS = 8  # timed for each plan
-_WARMUP = {"cpu": 1, "cuda": 3}  # compiling, recording, replaying
+_CALLS = 12  # timed for each plan
+_WARMUP = {"cpu": 1, "cuda": 2}  # rounds over the calls: compiling, then recording
+_EXPECTED = ("compiled", "replayed", "decision", "cuda_graph_captured", "cuda_graph_freed", "plain_graph")
+_DRAWS = 1000
 _PAIRS = {"cpu": 1, "cuda": 10}  # rounds over the calls in which deciding and not deciding take turns
 
 _FIRST = ("shipped", "tuned", "exit", "unguided", "fastvar", "skipvar", "toprovar", "toprovar adaptive")
@@ -41,16 +44,24 @@ class Timer:
         self._fast: measure.Generate = torch.compile(model, backend="toprovar")
         at = [[i % len(labels) for i in range(c * batch, (c + 1) * batch)] for c in range(_CALLS)]
         calls = at[: max(1, len(labels) // batch)]
+        self.events: dict[str, int] = {}  # what slowed the latest plan down: fallbacks, misses
         self._jobs = [[labels[i] for i in c] if isinstance(labels, list) else labels[c] for c in calls]
 
     def seconds(self, plan: Plan) -> float:
         """Seconds an image, the median of a few calls after untimed ones."""
-        warmup = _WARMUP[self.device.type]
-        # What a call decides another one has not compiled or recorded yet.
-        first = self._jobs * warmup if plan.decisions else self._jobs[:1] * warmup
+        rounds = _WARMUP[self.device.type]
+        # Where graphs are recorded, or calls decide, each call is made before it is timed.
+        first = self._jobs * rounds if rounds > 1 or plan.decisions else self._jobs[:1]
         for i, job in enumerate(first):
             self._call(plan, job, i % len(self._jobs))
-        return statistics.median(self._call(plan, job, i) for i, job in enumerate(self._jobs)) / self.batch
+        before = counters.snapshot()
+        took = statistics.median(self._call(plan, job, i) for i, job in enumerate(self._jobs)) / self.batch
+        self.events = {
+            event: count - before.get(event, 0)
+            for event, count in counters.snapshot().items()
+            if count > before.get(event, 0) and not event.startswith(_EXPECTED)
+        }
+        return took
 
     def deciding(self, plan: Plan, leaf: Plan) -> Row:
         """What it costs to measure and to ask: `plan`, made to come to `leaf`, over `leaf` from the start, by pairs."""
@@ -62,10 +73,12 @@ class Timer:
             for i, job in enumerate(self._jobs):
                 pairs.append([self._call(way, job, i) for way in ways])
         fixed, asked = torch.tensor(pairs, dtype=torch.float64).T
+        picks = torch.randint(len(fixed), (_DRAWS, len(fixed)), generator=torch.Generator().manual_seed(0))
+        more, whole = asked - fixed, fixed.median()
         return {
-            "seconds": float(fixed.median()) / self.batch,
+            "seconds": float(whole) / self.batch,
             "seconds_deciding": float(asked.median()) / self.batch,
-            "share": asdict(mean_interval(asked / fixed - 1)),
+            "share": asdict(Interval.of(more.median() / whole, more[picks].median(1).values / whole)),
             "pairs": len(pairs),
         }
 
@@ -115,9 +128,12 @@ def time_rows(
             if batch > 1 and plan.decisions:
                 continue
             took = timer.seconds(plan)
-            times = {"seconds": took, "speedup": dense / took, "scales_speedup": (dense - least) / (took - least)}
+            times: Row = {"seconds": took, "speedup": dense / took, "scales_speedup": (dense - least) / (took - least)}
+            if timer.events:
+                times["events"] = timer.events
             row.setdefault("times", {})[str(batch)] = times
-            log(f"compiled, {batch} a call, {row['policy']}: {row['name']}: {took * 1e3:.2f} ms, {dense / took:.2f} x")
+            said = f"{row['policy']}: {row['name']}: {took * 1e3:.2f} ms, {dense / took:.2f} x"
+            log(f"compiled, {batch} a call, {said} {timer.events or ''}")
             if row["digest"] in leaves:
                 found = timer.deciding(plan, leaves[row["digest"]])
                 about["deciding"].append({"policy": row["policy"], "name": row["name"], **found})
