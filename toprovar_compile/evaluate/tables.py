@@ -154,8 +154,8 @@ def _calls(batch: str) -> str:
 
 
 def _speed(row: Mapping[str, Any], batch: str, key: str = "speedup") -> str:
-    times = row.get("times", {}).get(batch)
-    return "-" if times is None else f"{times[key]:.2f}"
+    value = row.get("times", {}).get(batch, {}).get(key)
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _span(values: Sequence[float]) -> str:

@@ -128,7 +128,9 @@ def time_rows(
             if batch > 1 and plan.decisions:
                 continue
             took = timer.seconds(plan)
-            times: Row = {"seconds": took, "speedup": dense / took, "scales_speedup": (dense - least) / (took - least)}
+            times: Row = {"seconds": took, "speedup": dense / took, "scales_speedup": None}
+            if took > least:
+                times["scales_speedup"] = (dense - least) / (took - least)
             if timer.events:
                 times["events"] = timer.events
             row.setdefault("times", {})[str(batch)] = times
