@@ -176,7 +176,7 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, cl
 def publish(results: dict[str, Any], worst: Worst, path: Path) -> None:
     """Write the JSON with its summary, and the pictures."""
     results["plans"] = reading_order(results["plans"])
-    results |= summary(results["plans"]) | {"worst": worst.lines()}
+    results |= summary(results["plans"]) | {"worst": worst.lines(results["plans"])}
     write_json(path, results)
     if results["plans"]:
         plot(results, path.with_suffix(".png"))

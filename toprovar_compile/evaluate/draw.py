@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from toprovar_compile.evaluate.images import Generated
     from toprovar_compile.policies.statistics import Statistics
 
-_SHARE, _COLUMNS, _SIDE, _TITLE, _QUALITY = 0.4, 8, 80, 18, 85
+_SHARE, _COLUMNS, _SIDE, _TITLE, _QUALITY = 0.4, 6, 80, 18, 75
 _MARKS = "os^vDPX*<>hp"
 
 
@@ -94,8 +94,10 @@ class Worst:
         text = f"{candidate.policy}: {candidate.name}, {share:.0%} of the tokens; SSIM {values}"
         self._kept[candidate.policy] = (distance, _strip(text, unpruned[rows], made.images[rows]))
 
-    def lines(self) -> list[dict[str, Any]]:
-        """What the sheet shows, from above."""
+    def lines(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the sheet shows, from above: policies as `rows` have them."""
+        order = dict.fromkeys(row["policy"] for row in rows if row["policy"] in self._kept)
+        self._kept = {policy: self._kept[policy] for policy in order}
         return [{"policy": policy, "distance": distance} for policy, (distance, _) in self._kept.items()]
 
     def load(self, lines: Sequence[dict[str, Any]], results: Path) -> None:
