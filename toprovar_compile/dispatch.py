@@ -288,6 +288,7 @@ class StepState:
     def __init__(self, session: Session | None, plan: Plan | None, count: int, lane: Lane | None = None) -> None:
         self.session = session
         self.follow(plan)
+        self.root = self.digest  # of the plan that alternatives belong to
         self._layers = [LayerState() for _ in range(count)]
         self._restored: _Saved | None = None
         self.prologues: dict[Hashable, _Prologue] = {}
@@ -542,7 +543,7 @@ class StepProgram:
             state.restore,
             self.moving,
             self.condition,
-            group=state.digest,
+            group=state.root,
         )
         outputs = state.lane.run(scale, args)
         state.replays.launched(self, state.lane.latest)

@@ -78,5 +78,14 @@ def test_decisions_while_graphs_are_replayed(model: VAR) -> None:
     assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counters.snapshot())
 
 
+def test_previews_while_graphs_are_replayed(model: VAR) -> None:
+    fast = compile_steps(model, {})
+    decision = Decision(2, "frequency", ((0.0, 0.0), (0.0, 1.0)), (1.0, 0.0), (None, 0), preview=4)
+    exits = _share(model, 1.0, 5, exit_scale=4)
+    plan = dataclasses.replace(Plan.dense(model.schedule, 3), decisions=(decision,), alternatives=(exits,))
+    assert set(_check(model, fast, plan, range(4))) == {plan}  # a share of high frequencies never passes 1
+    assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counters.snapshot())
+
+
 def test_random_order_is_that_of_the_cpu() -> None:
     assert torch.equal(random_order(2, 300, 3, 1, 5, "cuda").cpu(), random_order(2, 300, 3, 1, 5, "cpu"))

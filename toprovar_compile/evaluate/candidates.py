@@ -24,12 +24,14 @@ SCORES = ("entropy", "mean_distance", "frequency", "random", "high entropy")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan under a name. `shape` is equal for plans that differ only in the order in which tokens are kept."""
+    """A plan under a name. `shape` is equal for plans that differ only in the order in which tokens are kept, `place`
+    (group, number in it) orders the plans of a comparison."""
 
     policy: str
     name: str
     plan: Plan
     shape: str = ""
+    place: tuple[int, int] = (0, 0)
 
 
 def fixed(schedule: ScaleSchedule, depth: int) -> Iterator[Candidate]:

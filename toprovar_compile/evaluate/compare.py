@@ -9,11 +9,10 @@ those of pairs.
 from __future__ import annotations
 
 import json
-import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,22 +29,25 @@ from toprovar_compile.evaluate.draw import Worst, plot
 from toprovar_compile.evaluate.emoji_eval import Entry, load_prompts, reasons, summarise
 from toprovar_compile.evaluate.images import generate, numbers
 from toprovar_compile.evaluate.intervals import Interval, frontier, mean_interval, resamples
+from toprovar_compile.evaluate.merging import reading_order, same_conditions
 from toprovar_compile.evaluate.quality import closeness
+from toprovar_compile.evaluate.timing import time_rows
 from toprovar_compile.files import write_json
 from toprovar_compile.metrics import frechet_distance
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.skipvar import try_strategies
 from toprovar_compile.policies.statistics import Statistics
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 SHARES = (0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.6, 0.7, 0.8, 0.9)
 """Costs at which frontiers are compared."""
 
-OURS = ("toprovar", "toprovar adaptive", "tuned", "score: entropy")
+OURS = ("shipped", "toprovar", "toprovar adaptive", "tuned", "score: entropy")
 _TRAINING_SEED, _SEARCH_SEED = 10_000, 20_000  # so that seeds of training, search and comparison do not meet
 _TUNED = 10  # plans of a search that are compared
-_TIMED = 8  # images timed for each plan, after as many untimed as compile and record
-_WARMUP = 3
+_WHOLE = {"skipvar": 30.0, "tuned": 16.0}
+"""Groups of plans that one process makes, as they begin with training or a search; their costs in those of a plan."""
+
 _PRECISION = {"cpu": "float32", "cuda": "float32, convolutions of the decoder in TF32"}
 _BFLOAT16 = "bfloat16"  # of an Infinity on a GPU, as it is used
 _DRAWS = 1000
@@ -62,8 +64,9 @@ Jury = Callable[[Tensor], dict[str, Any]]
 class Settings:
     """`images` (class, seed) pairs, or prompts of EmojiEval, are compared, `training` others train SkipVAR.
 
-    `minutes` bounds when a new plan may start, `timing` how many of them go to timing compiled plans. `search` is the
-    number of plans that a search for good ones tries, on other draws; 0 for none. `tuned` names plan files.
+    `minutes` bounds when a new plan may start, `timing` how many of them go to timing compiled plans, with
+    `timing_batches` images a call. `search` is the number of plans that a search for good ones tries, on other draws; 0
+    for none. `tuned` names plan files. `shard` (i, n) does part i of n of the work, for `merging.merge`.
     """
 
     model: str = "emoji-var"
@@ -74,6 +77,8 @@ class Settings:
     device: str = "auto"
     minutes: float = 8.0
     timing: float = 0.0
+    timing_batches: tuple[int, ...] = (1,)
+    shard: tuple[int, int] = (0, 1)
     search: int = 60
     policies: tuple[str, ...] = ()
     tuned: tuple[str, ...] = ()
@@ -112,13 +117,21 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, cl
         "sampling": asdict(model.sampling),
         "plans": [],
         "not_measured": [],
+        "timing": [],
+        "worst": [],
     }
     jury = _readers(entries, dense.images, device) if takes_prompts else _jury(classifier, labels.cpu(), dense.images)
     results["unpruned"] = jury(dense.images)
     rows: list[dict[str, Any]] = results["plans"]
-    rows += _measured_before(path, results)
+    worst = Worst()
+    before = _measured_before(path, results)
+    if before is not None:
+        rows += before["plans"]
+        results["timing"] += before["timing"]
+        worst.load(before["worst"], path)
     known = {(row["policy"], row["name"], row["digest"]) for row in rows}
     kept: dict[str, Plan] = {}
+    leaves: dict[str, Plan] = {}
 
     def trials() -> Any:
         return try_strategies(
@@ -129,7 +142,6 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, cl
             batch=settings.batch,
         )
 
-    worst = Worst()
     for candidate in _candidates(settings, model, stats, trials, results["not_measured"], log):
         label, digest = f"{candidate.policy}: {candidate.name}", candidate.plan.digest()
         kept[digest] = candidate.plan
@@ -142,31 +154,45 @@ def run(settings: Settings, folder: Path, log: Callable[[str], None] = print, cl
         made = generate(model, candidate.plan, labels, seed=settings.seed, batch=settings.batch)
         similar, decibels = closeness(made.images, dense.images, device)
         rows.append(_row(candidate, made.shares, similar, decibels) | {"flips": made.flips(dense)} | jury(made.images))
+        if candidate.plan.decisions:
+            leaves[digest] = _commonest(made.plans)
         worst.offer(candidate, made, similar, dense.images)
         took = time.monotonic() - begin
         log(f"{label}: {rows[-1]['share']:.3f} of the tokens, SSIM {similar.mean():.4f}, {took:.1f} s")
         write_json(path, results)
-    if settings.timing:
-        _time(model, labels, rows, kept, settings, log)
-    results |= summary(rows)
-    write_json(path, results)
-    if rows:
-        plot(results, path.with_suffix(".png"))
-        worst.draw(path.with_name(f"{path.stem}_worst.png"))
+    publish(results, worst, path)
+    for i, batch in enumerate(settings.timing_batches if settings.timing else ()):
+        left = started + settings.minutes * 60 - time.monotonic()
+        until = time.monotonic() + left / (len(settings.timing_batches) - i)
+
+        def save(about: dict[str, Any], earlier: tuple[dict[str, Any], ...] = tuple(results["timing"])) -> None:
+            results["timing"] = [*earlier, about]
+            write_json(path, results)
+
+        time_rows(model, labels, rows, kept, leaves, batch, until, log, save)
     return path
 
 
-def _measured_before(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of an earlier run whose conditions were those of `results`."""
-    if not path.exists():
-        return []
-    old = json.loads(path.read_text())
-    same = ("version", "model", "machine", "labels", "sampling", "unpruned")
-    settings = all(old["settings"].get(k) == results["settings"][k] for k in ("training", "seed", "batch"))
-    if not settings or any(old.get(k) != results.get(k) for k in same):
-        return []
-    rows: list[dict[str, Any]] = old["plans"]
-    return rows
+def publish(results: dict[str, Any], worst: Worst, path: Path) -> None:
+    """Write the JSON with its summary, and the pictures."""
+    results["plans"] = reading_order(results["plans"])
+    results |= summary(results["plans"]) | {"worst": worst.lines(results["plans"])}
+    write_json(path, results)
+    if results["plans"]:
+        plot(results, path.with_suffix(".png"))
+        worst.draw(path)
+
+
+def _measured_before(path: Path, results: dict[str, Any]) -> dict[str, Any] | None:
+    """The results of an earlier run whose conditions were those of `results`."""
+    old = json.loads(path.read_text()) if path.exists() else None
+    return old if old is not None and not same_conditions(old, results) else None
+
+
+def _commonest(plans: Sequence[Plan]) -> Plan:
+    """What most images made of a plan that decides."""
+    (digest, _), *_ = Counter(plan.digest() for plan in plans).most_common(1)
+    return next(plan for plan in plans if plan.digest() == digest)
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -220,6 +246,7 @@ def _row(candidate: Candidate, shares: Tensor, similar: Tensor, decibels: Tensor
         "policy": candidate.policy,
         "name": candidate.name,
         "shape": candidate.shape,
+        "place": candidate.place,
         "digest": plan.digest(),
         "provenance": provenance,
         "share": float(shares.mean()),
@@ -241,11 +268,11 @@ def _candidates(
     left_out: list[str],
     log: Callable[[str], None],
 ) -> Iterator[Candidate]:
-    """What is asked for, the cheap ones and the short lists first."""
+    """What is asked for of this part of the work, the cheap ones and the short lists first."""
     depth, schedule = len(model.blocks), model.schedule
-    for text in settings.tuned:
-        yield Candidate("tuned", Path(text).stem, Plan.load(text))
     groups: dict[str, Callable[[], Iterator[Candidate]]] = {
+        "shipped": lambda: iter([Candidate("shipped", "auto", model.plan)]),
+        "files": lambda: (Candidate("tuned", Path(text).stem, Plan.load(text)) for text in settings.tuned),
         "fixed": lambda: candidates.fixed(schedule, depth),
         "fastvar": lambda: candidates.fastvar(schedule, depth),
         "skipvar": lambda: candidates.skipvar(trials()),
@@ -257,9 +284,29 @@ def _candidates(
     for name in settings.policies:
         if name not in groups:
             raise OptionError(f"there is no policy {name!r}", where="policies", expected="one of " + ", ".join(groups))
-    for name, members in groups.items():
-        if not settings.policies or name in settings.policies:
-            yield from members()
+    wanted = [n for n in groups if not settings.policies or n in settings.policies or n == "files"]
+    deal = _Deal(*settings.shard)
+    whole = {name: deal.mine(_WHOLE[name]) for name in wanted if name in _WHOLE}
+    for at, name in enumerate(groups):
+        if name in wanted and whole.get(name, True):
+            for i, candidate in enumerate(groups[name]()):
+                if name in whole or deal.mine():
+                    yield replace(candidate, place=(at, i))
+
+
+class _Deal:
+    """Deals work out to equal parts: each piece goes to the part that has least so far."""
+
+    def __init__(self, part: int, parts: int) -> None:
+        if not 0 <= part < parts:
+            raise OptionError(f"part {part} of {parts}", where="shard", expected="i/n with i in 0..n-1")
+        self._part, self._loads = part, [0.0] * parts
+
+    def mine(self, cost: float = 1.0) -> bool:
+        """Whether the next piece is in this part."""
+        least = self._loads.index(min(self._loads))
+        self._loads[least] += cost
+        return least == self._part
 
 
 def _tuned(settings: Settings, model: Any, left_out: list[str], log: Callable[[str], None]) -> Iterator[Candidate]:
@@ -366,55 +413,3 @@ def _statistics(model: Any, name: str) -> Statistics:
             todo="make one: toprovar calibrate",
         )
     return Statistics.from_json(found)
-
-
-def _time(
-    model: Any,
-    labels: Any,
-    rows: list[dict[str, Any]],
-    plans: dict[str, Plan],
-    settings: Settings,
-    log: Callable[[str], None],
-) -> None:
-    """Seconds an image of compiled plans, batch 1, best first of every policy in turn, until the time is up.
-
-    Code is compiled once and shared; the dense plan is timed first and last, so that drift of the machine shows.
-    """
-    started = time.monotonic()
-    device = next(model.parameters()).device
-    clock = measure.clock(device)
-    fast: measure.Generate = torch.compile(model, backend="toprovar")
-    own, jobs = model.plan, [labels[i : i + 1] for i in range(min(_TIMED, len(labels)))]
-
-    def seconds(plan: Plan) -> float:
-        model.plan = plan
-        with torch.no_grad(), measure.in_user_precision(model, device):
-            for i in range(_WARMUP):
-                fast(jobs[0], seed=i)
-            return statistics.median(clock(partial(fast, job, seed=i))[1] for i, job in enumerate(jobs))
-
-    try:
-        dense = Plan.dense(model.schedule, len(model.blocks))
-        base = seconds(dense)
-        log(f"compiled, dense: {base * 1e3:.1f} ms")
-        for row in _turns([r for r in rows if r["digest"] in plans]):
-            if time.monotonic() - started > settings.timing * 60:
-                break
-            row["seconds"] = seconds(plans[row["digest"]])
-            row["speedup"] = base / row["seconds"]
-            log(f"compiled, {row['policy']}: {row['name']}: {row['seconds'] * 1e3:.1f} ms, {row['speedup']:.2f} x")
-        again = seconds(dense)
-        log(f"compiled, dense again: {again * 1e3:.1f} ms")
-    finally:
-        model.plan = own
-
-
-def _turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row of each policy after another, those of best quality for their cost first."""
-    families: dict[str, list[dict[str, Any]]] = {}
-    for row in sorted(rows, key=lambda r: r["share"] + 2 * (1 - r["ssim"]["mean"])):
-        families.setdefault(row["policy"], []).append(row)
-    out: list[dict[str, Any]] = []
-    for i in range(max(map(len, families.values()), default=0)):
-        out += [members[i] for members in families.values() if i < len(members)]
-    return out

@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from toprovar_compile.demo import to_image
-from toprovar_compile.files import write_bytes, write_png
+from toprovar_compile.files import write_bytes
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from toprovar_compile.evaluate.candidates import Candidate
     from toprovar_compile.evaluate.images import Generated
     from toprovar_compile.policies.statistics import Statistics
 
-_SHARE, _COLUMNS, _SIDE, _TITLE = 0.4, 6, 128, 20
+_SHARE, _COLUMNS, _SIDE, _TITLE, _QUALITY = 0.4, 6, 80, 18, 75
 _MARKS = "os^vDPX*<>hp"
 
 
@@ -79,35 +81,72 @@ class Worst:
     """The worst images of one plan for each policy, the one whose cost is nearest to `_SHARE`."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, tuple[float, str, list[tuple[float, Tensor, Tensor]]]] = {}
+        self._kept: dict[str, tuple[float, Image]] = {}
 
     def offer(self, candidate: Candidate, made: Generated, similar: Tensor, unpruned: Tensor) -> None:
         """Take the images of a plan if it is nearer than what its policy has."""
         share = float(made.shares.mean())
         distance = abs(share - _SHARE)
-        if candidate.policy in self._kept and self._kept[candidate.policy][0] <= distance:
+        if not self._better(candidate.policy, distance):
             return
         rows = similar.argsort()[:_COLUMNS].tolist()
-        images = [(float(similar[i]), unpruned[i].clone(), made.images[i].clone()) for i in rows]
-        text = f"{candidate.policy}: {candidate.name}, {share:.0%} of the tokens"
-        self._kept[candidate.policy] = (distance, text, images)
+        values = ", ".join(f"{similar[i]:.3f}" for i in rows)
+        text = f"{candidate.policy}: {candidate.name}, {share:.0%} of the tokens; SSIM {values}"
+        self._kept[candidate.policy] = (distance, _strip(text, unpruned[rows], made.images[rows]))
 
-    def draw(self, path: Path) -> None:
-        """A sheet with two lines of pictures a policy: unpruned, and below it what the plan made of it."""
-        from PIL import Image, ImageDraw
+    def lines(self, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """What the sheet shows, from above: policies as `rows` have them."""
+        order = dict.fromkeys(row["policy"] for row in rows if row["policy"] in self._kept)
+        self._kept = {policy: self._kept[policy] for policy in order}
+        return [{"policy": policy, "distance": distance} for policy, (distance, _) in self._kept.items()]
 
-        height = _TITLE + 2 * _SIDE
-        sheet = Image.new("RGB", (_COLUMNS * _SIDE, height * len(self._kept)), "white")
-        pen = ImageDraw.Draw(sheet)
-        for line, (_, text, images) in enumerate(self._kept.values()):
-            top = line * height
-            values = ", ".join(f"{value:.3f}" for value, _, _ in images)
-            pen.text((4, top + 4), f"{text}; SSIM {values}", fill="black")
-            for column, (_, unpruned, pruned) in enumerate(images):
-                for row, image in enumerate((unpruned, pruned)):
-                    small = to_image(image).resize((_SIDE, _SIDE))
-                    sheet.paste(small, (column * _SIDE, top + _TITLE + row * _SIDE))
-        write_png(path, sheet)
+    def load(self, lines: Sequence[dict[str, Any]], results: Path) -> None:
+        """Take what is nearer from the sheet beside another comparison's JSON, which said these `lines` of it."""
+        from PIL import Image
+
+        if not lines or not worst_images(results).exists():
+            return
+        with Image.open(worst_images(results)) as sheet:
+            height = sheet.height // len(lines)
+            for i, line in enumerate(lines):
+                if self._better(line["policy"], line["distance"]):
+                    strip = sheet.crop((0, i * height, sheet.width, (i + 1) * height))
+                    self._kept[line["policy"]] = (line["distance"], strip)
+
+    def draw(self, results: Path) -> None:
+        """Write the sheet beside the JSON: for each policy a line of unpruned images, and below what the plan made."""
+        from PIL import Image
+
+        strips = [strip for _, strip in self._kept.values()]
+        if not strips:
+            return
+        height = strips[0].height
+        sheet = Image.new("RGB", (strips[0].width, height * len(strips)), "white")
+        for i, strip in enumerate(strips):
+            sheet.paste(strip, (0, i * height))
+        buffer = io.BytesIO()
+        sheet.save(buffer, format="JPEG", quality=_QUALITY, optimize=True)
+        write_bytes(worst_images(results), buffer.getvalue())
+
+    def _better(self, policy: str, distance: float) -> bool:
+        return policy not in self._kept or distance < self._kept[policy][0]
+
+
+def worst_images(results: Path) -> Path:
+    """The sheet of worst images that belongs to a comparison's JSON."""
+    return results.with_name(f"{results.stem}_worst.jpg")
+
+
+def _strip(text: str, unpruned: Tensor, pruned: Tensor) -> Image:
+    """One policy's part of the sheet."""
+    from PIL import Image, ImageDraw
+
+    strip = Image.new("RGB", (_COLUMNS * _SIDE, _TITLE + 2 * _SIDE), "white")
+    ImageDraw.Draw(strip).text((4, 4), text, fill="black")
+    for column, pair in enumerate(zip(unpruned, pruned, strict=True)):
+        for row, image in enumerate(pair):
+            strip.paste(to_image(image).resize((_SIDE, _SIDE)), (column * _SIDE, _TITLE + row * _SIDE))
+    return strip
 
 
 def _pyplot() -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 _SHOWN = (0.2, 0.3, 0.4, 0.5, 0.7)
 _NEAR = 0.4
+_CLOSE = 0.92  # mean SSIM that the fastest plans are shown for
 _TOLD = (
     ("score", "scores"),
     ("minus unpruned", "minus_unpruned"),
@@ -27,6 +28,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         _section("Best mean SSIM for at most so many tokens", _frontiers(results["frontiers"])),
         _section("Ours minus theirs", _against(results["ours_against"])),
         _section("Entropy minus another score, plans of equal shape", _pairs(results["pairs"])),
+        _section(f"Compiled: the fastest plan of each policy with a mean SSIM of at least {_CLOSE}", _fastest(done)),
+        *_timing(results.get("timing", ())),
         _section("Every plan", _plans(r for r in done if r["policy"] not in ("ablation",) and not r["shape"])),
         _section(
             "Tokens drawn otherwise, scale by scale: of each policy the plan nearest to 40 % of the tokens",
@@ -80,9 +83,9 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 def _plans(plans: Iterable[Mapping[str, Any]]) -> list[list[str]]:
     rows = list(plans)
     told = [name for name, key in _TOLD if any(key in row for row in rows)]
-    out = [["policy", "plan", "tokens", "SSIM", "worst", "PSNR dB", *told, "x dense, compiled"]]
+    batches = _batches(rows)
+    out = [["policy", "plan", "tokens", "SSIM", "worst", "PSNR dB", *told, *(f"x dense, {_calls(b)}" for b in batches)]]
     for row in rows:
-        speed = f"{row['speedup']:.2f}" if "speedup" in row else "-"
         cells = [row["policy"], row["name"], f"{row['share']:.1%}", _interval(row["ssim"]), f"{row['ssim_worst']:.3f}"]
         judged = {
             "score": f"{row['scores']['overall']['mean']:.3f}" if "scores" in row else "-",
@@ -91,8 +94,73 @@ def _plans(plans: Iterable[Mapping[str, Any]]) -> list[list[str]]:
             "features": f"{row['feature_distance']['mean']:.3f}" if "feature_distance" in row else "-",
             "Fréchet": f"{row['frechet']:.3g}" if "frechet" in row else "-",
         }
-        out.append([*cells, f"{row['psnr']['mean']:.2f}", *(judged[name] for name in told), speed])
+        out.append(
+            [*cells, f"{row['psnr']['mean']:.2f}", *(judged[name] for name in told), *(_speed(row, b) for b in batches)]
+        )
     return out
+
+
+def _fastest(plans: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """Of each policy the plan that is fastest in the largest batch that it was timed in."""
+    batches = _batches(plans)
+    out = [["policy", "plan", "tokens", "SSIM"]]
+    out[0] += [f"{what}, {_calls(b)}" for b in batches for what in ("x dense", "scales alone")]
+    best: dict[str, Mapping[str, Any]] = {}
+    for row in (r for r in plans if r.get("times") and r["ssim"]["mean"] >= _CLOSE):
+        known = best.setdefault(row["policy"], row)
+        at = next((b for b in reversed(batches) if b in known["times"] and b in row["times"]), None)
+        if at is not None and row["times"][at]["speedup"] > known["times"][at]["speedup"]:
+            best[row["policy"]] = row
+    for row in best.values():
+        speeds = [_speed(row, b, key) for b in batches for key in ("speedup", "scales_speedup")]
+        out.append([row["policy"], row["name"], f"{row['share']:.1%}", _interval(row["ssim"]), *speeds])
+    return out
+
+
+def _timing(timing: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What the times are of, and what deciding costs."""
+    if not timing:
+        return []
+    lines = []
+    for batch in dict.fromkeys(about["batch"] for about in timing):
+        parts = [about for about in timing if about["batch"] == batch]
+        dense = [1e3 * value for about in parts for value in about["dense"]]
+        least = [1e3 * about["one_scale"] for about in parts]
+        lines.append(
+            f"{_calls(str(batch))}: dense {_span(dense)} ms an image, and {_span(least)} ms for its first scale alone, "
+            "decoding included"
+        )
+    rows = [["policy", "plan", "ms an image, decided before", "ms, deciding", "cost of deciding"]]
+    for about in timing:
+        for found in about["deciding"]:
+            share = found["share"]
+            cost = f"{share['mean']:+.2%} ({share['low']:+.2%}..{share['high']:+.2%})"
+            ms = [f"{1e3 * found[key]:.2f}" for key in ("seconds", "seconds_deciding")]
+            rows.append([found["policy"], found["name"], *ms, cost])
+    text = (
+        f"Times, {timing[0]['precision']}: {'; '.join(lines)}. *x dense* is of whole images; *scales alone* leaves out "
+        "what the first scale and decoding take, which no plan saves. A plan that decides by image is timed with one "
+        "image a call."
+    )
+    return [text, _section("What it costs to decide by image", rows)]
+
+
+def _batches(plans: Iterable[Mapping[str, Any]]) -> list[str]:
+    return sorted({batch for row in plans for batch in row.get("times", ())}, key=int)
+
+
+def _calls(batch: str) -> str:
+    return "1 image a call" if batch == "1" else f"{batch} images"
+
+
+def _speed(row: Mapping[str, Any], batch: str, key: str = "speedup") -> str:
+    value = row.get("times", {}).get(batch, {}).get(key)
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _span(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.2f}", f"{max(values):.2f}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _flips(plans: Sequence[Mapping[str, Any]]) -> list[list[str]]:

@@ -6,12 +6,14 @@ that were always so, and nothing is compiled for a decision.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from toprovar_compile.decision import Decision
 from toprovar_compile.plan import Plan
@@ -48,15 +50,16 @@ def decide(session: Session, feature_map: Tensor, decode: Decode) -> None:
         session.store[_BEFORE] = feature_map
     if not due:
         return
-    found = [_features(d, session, plan, feature_map, decode) for d in due]
+    found = {key: _measured(d, session, plan, feature_map, decode) for key, d in {_reads(d): d for d in due}.items()}
     if (sink := session.store.get(FEATURES_SINK)) is not None:
-        for decision, features in zip(due, found, strict=True):
-            sink(decision, features)
-    measured = torch.cat([features.mean(0) for features in found]).tolist()
+        for decision in due:
+            sink(decision, found[_reads(decision)][0])
+    values = torch.cat([mean for _, mean in found.values()]).tolist()
+    measured = {}
+    for key, (_, mean) in found.items():
+        measured[key], values = values[: len(mean)], values[len(mean) :]
     for decision in due:
-        count = len(decision.weights[0])
-        outcome = decision.choose(measured[:count])
-        measured = measured[count:]
+        outcome = decision.choose(measured[_reads(decision)])
         counters.add("decision", f"after scale {s}: {'goes on' if outcome is None else f'alternative {outcome}'}")
         if outcome is not None:
             session.plan = plan.alternatives[outcome]
@@ -66,6 +69,22 @@ def decide(session: Session, feature_map: Tensor, decode: Decode) -> None:
 def undecided(plan: Plan) -> Plan:
     """The plan, measuring the features of its decisions and never choosing an alternative."""
     return replace(plan, decisions=tuple(replace(d, outcomes=(None,) * len(d.outcomes)) for d in plan.decisions))
+
+
+def always(plan: Plan, leaf: str) -> Plan:
+    """The plan, measuring what it does and coming for every image to the alternative whose digest is `leaf`."""
+    branches = [always(alternative, leaf) for alternative in plan.alternatives]
+    towards = next((i for i, a in enumerate(plan.alternatives) if leaf in _digests(a)), None)
+    decisions = []
+    for d in plan.decisions:
+        outcome = towards if towards in d.outcomes else None
+        decisions.append(replace(d, outcomes=(outcome,) * len(d.outcomes)))
+    return replace(plan, decisions=tuple(decisions), alternatives=tuple(branches))
+
+
+def _digests(plan: Plan) -> set[str]:
+    """Of a plan and all that it may become."""
+    return {plan.digest()}.union(*map(_digests, plan.alternatives))
 
 
 def choose_rows(plan: Plan, features: Iterable[Tensor], batch: int) -> list[int | None]:
@@ -101,7 +120,37 @@ def preview_features(before: Tensor, after: Tensor, side: tuple[int, int], decod
     return frequency_features(first, second)
 
 
-def _features(decision: Decision, session: Session, plan: Plan, feature_map: Tensor, decode: Decode) -> Tensor:
+def _reads(decision: Decision) -> Hashable:
+    """What a decision measures, by name."""
+    return decision.features, decision.beta, decision.preview
+
+
+def _measured(
+    decision: Decision, session: Session, plan: Plan, feature_map: Tensor, decode: Decode
+) -> tuple[Tensor, Tensor]:
+    """Features (B, F) and their mean over the batch, in one launch where the steps are CUDA graphs."""
+    key = ("features", plan.digest(), session.scale, _reads(decision))
     if decision.features == "entropy":
-        return entropy_features(session.store[ENTROPY_SOURCE](), decision.beta)
-    return preview_features(session.store[_BEFORE], feature_map, plan.schedule.grids[decision.preview], decode)
+        maps = session.store[ENTROPY_SOURCE]()
+        run = partial(_with_mean, entropy_features, maps, decision.beta)
+        return _pair(session.launch(key, run, (), [m for m, _ in maps]))
+    side = plan.schedule.grids[decision.preview]
+    run, given = partial(_previews, side=side, decode=decode), (session.store[_BEFORE], feature_map)
+    owner = getattr(decode, "__self__", None)
+    if not isinstance(owner, nn.Module):  # nobody knows what it reads
+        return _pair(run(*given))
+    return _pair(session.launch(key, run, given, [*owner.parameters(), *owner.buffers()]))
+
+
+def _with_mean(measure: Callable[..., Tensor], *args: Any) -> list[Tensor]:
+    features = measure(*args)
+    return [features, features.mean(0)]
+
+
+def _previews(before: Tensor, after: Tensor, *, side: Grid, decode: Decode) -> list[Tensor]:
+    return _with_mean(preview_features, before, after, side, decode)
+
+
+def _pair(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    features, mean = values
+    return features, mean

@@ -17,6 +17,7 @@ from toprovar_compile.errors import OptionError
 from toprovar_compile.evaluate import candidates, compare
 from toprovar_compile.evaluate.draw import curves
 from toprovar_compile.evaluate.emoji_eval import load_prompts
+from toprovar_compile.evaluate.merging import merge
 from toprovar_compile.evaluate.quality import closeness
 from toprovar_compile.evaluate.tables import markdown
 from toprovar_compile.metrics import psnr, ssim
@@ -62,7 +63,7 @@ def test_a_whole_comparison(model: VAR, tmp_path: Path, monkeypatch: pytest.Monk
         assert row["ssim"]["low"] <= row["ssim"]["mean"] <= row["ssim"]["high"]
     assert set(results["ours_against"]) == {"exit", "unguided", "fastvar", "skipvar"}
     assert results["frontiers"]["exit"] and (tmp_path / "policies_cpu.png").exists()
-    assert (tmp_path / "policies_cpu_worst.png").exists()
+    assert (tmp_path / "policies_cpu_worst.jpg").exists()
     text = markdown(results)
     assert "### Ours minus theirs" in text and "| tuned | mine |" in text and "nan" not in text
     assert len(set(results["labels"])) == 3 and not results["not_measured"]
@@ -71,15 +72,26 @@ def test_a_whole_comparison(model: VAR, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_parts_add_up(model: VAR, tmp_path: Path) -> None:
+    """What is there is not made again, and parts made apart are the whole."""
     done: list[str] = []
     first = dataclasses.replace(SMALL, policies=("fixed",))
     both = dataclasses.replace(SMALL, policies=("fixed", "fastvar"))
-    compare.run(first, tmp_path, done.append)
+    compare.run(first, tmp_path / "whole", done.append)
     count = len(done)
-    results = json.loads(compare.run(both, tmp_path, done.append).read_text())
-    assert len(results["plans"]) == 8 + 9 and len(done) - count == 1 + 9
-    other = json.loads(compare.run(dataclasses.replace(first, seed=1), tmp_path, done.append).read_text())
-    assert len(other["plans"]) == 8
+    whole = json.loads(compare.run(both, tmp_path / "whole", done.append).read_text())
+    assert len(whole["plans"]) == 8 + 9 and len(done) - count == 1 + 9
+    parts = [
+        compare.run(dataclasses.replace(both, shard=(i, 2)), tmp_path / str(i), lambda text: None) for i in range(2)
+    ]
+    merged = json.loads(merge(parts, tmp_path / "merged").read_text())
+    assert [len(json.loads(part.read_text())["plans"]) for part in parts] == [9, 8]
+    assert merged["plans"] == [row | {"times": {}} for row in whole["plans"]]
+    assert merged["frontiers"] == whole["frontiers"] and merged["worst"]
+    assert (tmp_path / "merged" / "policies_cpu_worst.jpg").stat().st_size < 300_000
+    other = compare.run(dataclasses.replace(first, seed=1), tmp_path / "whole", done.append)
+    assert len(json.loads(other.read_text())["plans"]) == 8
+    with pytest.raises(OptionError, match="labels is not that of"):
+        merge([parts[0], other], tmp_path / "merged")
 
 
 def test_a_judge_is_asked(model: VAR, tmp_path: Path) -> None:
@@ -119,6 +131,15 @@ def test_a_model_of_prompts_is_read_by_emoji_eval(tmp_path: Path, monkeypatch: p
     assert results["unpruned"]["minus_unpruned"]["mean"] == 0 == results["unpruned"]["feature_distance"]["mean"]
     assert results["plans"][-1]["policy"] == "skipvar" and results["plans"][0]["feature_distance"]["mean"] > 0
     assert "| minus unpruned |" in markdown(results)
+
+
+def test_work_is_dealt_evenly() -> None:
+    costs = (6.0, 1.0, 1.0, 1.0, 4.0, 1.0, 2.0)
+    taken = [[deal.mine(cost) for cost in costs] for deal in (compare._Deal(i, 2) for i in range(2))]
+    assert [sum(both) for both in zip(*taken, strict=True)] == [1] * len(costs)
+    assert sum(cost for cost, mine in zip(costs, taken[0], strict=True) if mine) == 9.0
+    with pytest.raises(OptionError, match="part 2 of 2"):
+        compare._Deal(2, 2)
 
 
 def test_scores_are_paired(model: VAR, tmp_path: Path) -> None:

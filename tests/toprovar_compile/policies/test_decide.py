@@ -16,7 +16,7 @@ from toprovar_compile.decision import Decision
 from toprovar_compile.errors import PlanError
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
-from toprovar_compile.policies.decide import choose_rows, entropy_features, undecided
+from toprovar_compile.policies.decide import always, choose_rows, entropy_features, undecided
 from toprovar_compile.policies.toprovar import layer_ratios, layer_scores, low_entropy_share
 from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import Trace, pruned
@@ -105,6 +105,8 @@ def test_entropy_decides(model: VAR, fast: Any, bound: float, chosen: int) -> No
     plan = _by_rho(model, bound)
     image, trace = _both(model, fast, plan, ONE)
     assert trace.plan == plan.alternatives[chosen]
+    _, forced = _both(model, fast, always(plan, plan.alternatives[1 - chosen].digest()), ONE)
+    assert forced.plan == plan.alternatives[1 - chosen] and len(forced.features) == (2 if chosen == 0 else 1)
     with pruned(model, plan.alternatives[chosen]):
         assert torch.equal(image, model(ONE, seed=5))
 
