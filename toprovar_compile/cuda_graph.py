@@ -80,8 +80,8 @@ class Captured:
 
     `still` are the positions of arguments that must be where they were, `held` these at capture and `places` where
     they were. `copied` are the positions of the outputs that the next replay would overwrite under the caller, `lent`
-    those that are handed out all the same. `state` is what `Scale.restore` takes; `reused` says that the graph lacks what an earlier scale computed from the condition.
-    `group` is that of its scale.
+    those that are handed out all the same. `state` is what `Scale.restore` takes; `reused` says that the graph lacks
+    what an earlier scale computed from the condition. `group` is that of its scale.
     """
 
     graph: torch.cuda.CUDAGraph

@@ -284,7 +284,7 @@ class _Program:
 
 @dataclass(frozen=True)
 class _Checked:
-    """Dynamo's guards of a program held in this generation: at which versions of the hoisted weights, in which modes."""
+    """Dynamo's guards of a program held in this generation: at what versions of the hoisted weights, in what modes."""
 
     program: _Program
     versions: list[int]

@@ -48,8 +48,8 @@ class Replays(Protocol):
 
 @dataclass
 class Session:
-    """One generation. `scale` is the scale in progress; `plan` is `bound` by the first compiled step, None in eager mode,
-    and exchanged for one of its alternatives when the image decides so.
+    """One generation. `scale` is the scale in progress; `plan` is `bound` by the first compiled step, None in eager
+    mode, and exchanged for one of its alternatives when the image decides so.
 
     `ran` is the latest scale that a compiled step has run, None before the first. `prefix` counts the tokens that a
     model puts into its caches before the first scale, in a step while `scale` is -1. `keeps_caches` is False where
