@@ -23,6 +23,9 @@ _MAX_IDLE_LANES = 2
 _MAX_GROUPS = 4  # plans whose graphs a lane keeps
 
 
+START = "start"
+
+
 @dataclass(frozen=True)
 class Scale:
     """What runs one scale, or another part of a generation.
@@ -33,6 +36,10 @@ class Scale:
     computed at an earlier scale. Graphs of a `group` (a plan) are freed together. `generator`, if given, is what `run`
     draws from; it is handed to `run` as a second argument, because a graph draws from a generator of its own, which
     follows that one. Outputs that are `lent` are handed out as the graph writes them, until it is launched again.
+
+    A graph reads what earlier scales of the generation left where it was when the graph was made. So it belongs to what
+    ran before: `behind()` is the state that a graph left (as `restore` was given it), START before the first scale, and
+    None where that was no graph, whose memory is free for others.
     """
 
     key: tuple[Hashable, Hashable]
@@ -44,6 +51,7 @@ class Scale:
     generator: torch.Generator | None = None
     group: Hashable = None
     lent: bool = False
+    behind: Callable[[], Hashable] = lambda: START
 
     @classmethod
     def stateless(
@@ -168,7 +176,8 @@ class Lane:
 
     def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
         """`scale.run(args)`, captured or replayed where that is possible."""
-        key = _key(scale, args)
+        seen, behind = _key(scale, args), scale.behind()
+        key = (*seen, behind)
         self.latest = None
         self._groups[scale.group] = self._groups.pop(scale.group, set())  # the latest is last
         known = self._graphs.get(key)
@@ -179,11 +188,13 @@ class Lane:
                 scale.restore(known.state)
                 return self._launched(key, known, args)
             counters.add("cuda_graph_miss", reason)
-        elif key in self._seen and key not in self._graphs:
+        elif behind is None and seen in self._seen:
+            counters.add("cuda_graph_postponed", "what an earlier scale left was not left by a graph")
+        elif seen in self._seen and key not in self._graphs:
             known = self._capture(key, scale, args)
             if known is not None:
                 return self._launched(key, known, args)
-        self._seen.add(key)
+        self._seen.add(seen)
         return scale(args)
 
     def _launched(self, key: Hashable, known: Captured, args: Sequence[Any]) -> list[Any]:
@@ -213,7 +224,7 @@ class Lane:
         generator: torch.Generator | None,
     ) -> list[Any]:
         """`run(*args)`, or `run(*args, generator)`, which reads `fixed` besides, as a graph that lends its outputs."""
-        if not self.recordable(args[0]):
+        if not self.recordable((*args, *fixed)[0]):
             return list(run(*args) if generator is None else run(*args, generator))
         return self.run(_call(key, run, args, generator), [*args, *fixed])
 
@@ -268,6 +279,7 @@ class Lane:
             not fresh,
             scale.group,
         )
+        scale.restore(known.state)
         self._groups[scale.group].add(key)
         counters.add("cuda_graph_captured")
         self._free_groups()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule
 
-from toprovar_compile.cuda_graph import Lane, Scale, lanes
+from toprovar_compile.cuda_graph import START, Lane, Scale, lanes
 from toprovar_compile.errors import PlanError, ScaleGuardError, UnsupportedGraphError
 from toprovar_compile.inductor import Compiled, Frame, Inner, compile_graph
 from toprovar_compile.passes import (
@@ -291,6 +291,7 @@ class StepState:
         self.root = self.digest  # of the plan that alternatives belong to
         self._layers = [LayerState() for _ in range(count)]
         self._restored: _Saved | None = None
+        self._behind: Hashable = START
         self.prologues: dict[Hashable, _Prologue] = {}
         self.versions: dict[int, int] = {}
         self.room = _Room.of(session, plan)
@@ -332,7 +333,15 @@ class StepState:
 
     def restore(self, saved: _Saved) -> None:
         """Set what `save` returned; it stays as it is."""
-        self._restored = saved
+        self._restored = self._behind = saved
+
+    def leave_graphs(self) -> None:
+        """A scale runs, and is no graph yet."""
+        self._behind = None
+
+    def behind(self) -> Hashable:
+        """What the next scale's graph belongs to, see `Scale.behind`."""
+        return self._behind
 
     def rewritten(self, weights: Sequence[Any]) -> bool:
         """Whether one of these was written to since the generation first looked at it."""
@@ -366,7 +375,7 @@ class _Room:
         return cls(session.prefix + sum(tokens[:last]), tokens[last])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Saved:
     """State of the layers. Graphs that were captured later read `prologues`: their memory must not be given away."""
 
@@ -544,6 +553,7 @@ class StepProgram:
             self.moving,
             self.condition,
             group=state.root,
+            behind=state.behind,
         )
         outputs = state.lane.run(scale, args)
         state.replays.launched(self, state.lane.latest)
@@ -568,6 +578,7 @@ class StepProgram:
         return True
 
     def _run(self, args: Sequence[Any], plan: Plan | None, state: StepState) -> list[Any]:
+        state.leave_graphs()
         env: dict[str, Any] = dict(zip(self.split.inputs, args, strict=True))
         self._run_prologue(env, state)
         first = self.layers[0]

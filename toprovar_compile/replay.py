@@ -84,7 +84,7 @@ class StepReplays:
         if plan is not state.plan:
             state.follow(plan)
         form = _Form.of(args)
-        known = None if form is None else _known(state).get((state.digest, session.scale, form.key))
+        known = None if form is None else _known(state).get((state.digest, session.scale, form.key, state.behind()))
         if form is None or known is None or not form.values:
             return None
         values, captured = form.values, known.captured()
@@ -150,7 +150,7 @@ class StepReplays:
         assert state.session is not None
         if form is None:
             return
-        key = (state.digest, state.session.scale, form.key)
+        key = (state.digest, state.session.scale, form.key, launch.key[-1])
         old = _known(state).get(key)
         if old is None or old.captured() is not launch.captured or old.program is not program:
             found = _Known.of(program, launch, form, result)

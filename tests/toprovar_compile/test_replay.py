@@ -294,6 +294,19 @@ def test_weights_exchanged_between_scales(
     torch.testing.assert_close(fast(LABELS, seed=3), twin(LABELS, seed=3), **TOLERANCE)
 
 
+def test_a_graph_reads_what_graphs_before_it_left(make_var: Callable[..., VAR]) -> None:
+    """The step without guidance serves scales before it as well, in the second image: they are recorded a turn later
+    than the last scale, which reads their entropies and deltas."""
+    model = make_var()
+    model.plan = Plan.keep_share(model.schedule, len(model.blocks), 0.5, 3, bucket=2, unguided_from=4)
+    fast = compile_steps(model, {"inner": "eager"})
+    for seed in range(4):
+        with pruned(model, model.plan):
+            expected = model(LABELS, seed=seed)
+        torch.testing.assert_close(fast(LABELS, seed=seed), expected, **TOLERANCE)
+    assert any(key.startswith("cuda_graph_postponed") for key in counters.snapshot())
+
+
 def test_another_precision(model: VAR, fast: Any) -> None:
     model.double()
     for _ in range(3):
