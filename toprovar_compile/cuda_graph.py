@@ -154,10 +154,11 @@ class Lane:
                 form = (name, shape[1:], dtype, device)
                 if form not in self._memory or len(self._memory[form]) < room:
                     self._memory[form] = torch.empty((room, *shape[1:]), dtype=dtype, device=device)
-                row = self._memory[form][0].nbytes
+                memory = self._memory[form]
+                row = memory[0].nbytes
                 # With a storage of its own: Dynamo would look at where in a storage it begins.
-                part = self._memory[form].untyped_storage()[start * row : (start + shape[0]) * row]
-                self.buffers[key] = torch.empty(0, dtype=dtype, device=device).set_(part, 0, shape)
+                part = memory.untyped_storage()[start * row : (start + shape[0]) * row]
+                self.buffers[key] = torch.empty(0, dtype=dtype, device=device).set_(part, 0, shape, memory.stride())
             self._owned.add(self.buffers[key].data_ptr())
         return self.buffers[key]
 
