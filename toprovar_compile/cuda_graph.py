@@ -134,7 +134,7 @@ class Lane:
     _held: dict[int, Tensor] = field(default_factory=dict)  # the place of a source, by its id
     _copies: dict[int, int] = field(default_factory=dict)  # how often each place was written
     _read: dict[Hashable, int] = field(default_factory=dict)  # and what of that each input has seen
-    _checked: set[Hashable] = field(default_factory=set)
+    _checked: dict[Hashable, tuple[int, ...]] = field(default_factory=dict)  # where a program's tensors were found
     _groups: dict[Hashable, set[Hashable]] = field(default_factory=dict)
     _owned: set[int] = field(default_factory=set)
     _lent: dict[int, Tensor] = field(default_factory=dict)  # outputs by id, of graphs that are not freed
@@ -318,8 +318,7 @@ class Lane:
         Each tensor is looked at once in a generation: the same object later in it is taken to be where it was.
         """
         program = scale.key[0]
-        checked = program in self._checked
-        self._checked.add(program)
+        checked = self._checked.get(program) == known.pointers
         given = [args[i] for i in known.still]
         # Dynamo guards the sizes and strides of what it holds itself.
         same = all(map(is_, given, known.held)) and (checked or _pointers(given) == known.pointers)
@@ -329,6 +328,7 @@ class Lane:
                     "a weight or a cache is not where it was" if isinstance(a, Tensor) else "a size is not what it was"
                 )
                 return f"{kind} at capture"
+        self._checked[program] = known.pointers
         fresh = self._refill(known.moving, args)
         return "the condition changed between scales" if fresh and known.reused else None
 

@@ -246,7 +246,10 @@ class Frame:
     number: CompileId
 
     def holds(self, method: types.MethodType, args: Sequence[Any]) -> bool:
-        """Whether Dynamo's guards of this compilation hold for `method(*args)`, and so it may be what is run."""
+        """Whether Dynamo's guards of this compilation hold for `method(*args)`, so that it may be what is run.
+
+        An entry is looked up each time: Dynamo drops or empties the guards of those whose objects are gone.
+        """
         entry = next(
             (e for e in eval_frame._debug_get_cache_entry_list(self.code) if e.compile_id == self.number), None
         )

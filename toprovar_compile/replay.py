@@ -284,7 +284,7 @@ class _Program:
 
 @dataclass(frozen=True)
 class _Checked:
-    """Dynamo's guards of a program held in this generation: at what versions of the hoisted weights, in what modes."""
+    """Dynamo's guards of a program held in this generation: with which hoisted weights, and in which modes."""
 
     program: _Program
     versions: list[int]
