@@ -227,7 +227,7 @@ class Lane:
         """`run(*args)`, or `run(*args, generator)`, which reads `fixed` besides, as a graph that lends its outputs."""
         if not self.recordable((*args, *fixed)[0]):
             return list(run(*args) if generator is None else run(*args, generator))
-        return self.run(_call(key, run, args, generator), [*args, *fixed])
+        return self.run(_call(key, run, args, fixed, generator), [*args, *fixed])
 
     def ran(
         self,
@@ -238,7 +238,7 @@ class Lane:
         generator: torch.Generator | None,
     ) -> None:
         """`call` would have run this as it is: the next one may become a graph."""
-        self._seen.add(_key(_call(key, run, args, generator), [*args, *fixed]))
+        self._seen.add(_key(_call(key, run, args, fixed, generator), [*args, *fixed]))
 
     def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> Captured | None:
         """A graph of the scale, launched once; None, and everything as it was, where the device refuses."""
@@ -405,14 +405,19 @@ def _key(scale: Scale, args: Sequence[Any]) -> Hashable:
 
 
 def _call(
-    key: Hashable, run: Callable[..., Sequence[Tensor]], args: Sequence[Tensor], generator: torch.Generator | None
+    key: Hashable,
+    run: Callable[..., Sequence[Tensor]],
+    args: Sequence[Tensor],
+    fixed: Sequence[Tensor],
+    generator: torch.Generator | None,
 ) -> Scale:
     def whole(given: Sequence[Any], *rest: Any) -> list[Any]:
         return list(run(*given[: len(args)], *rest))
 
     # `run` computes in the precision that the caller's autocast region asks for.
     autocast = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    program = ("call", key, generator is not None, autocast)
+    # Another model of the same schedule has weights of its own; a graph holds its tensors, so no id is given out again.
+    program = ("call", key, generator is not None, autocast, tuple(map(id, fixed)))
     return Scale.stateless((program, None), whole, range(len(args)), generator, lent=True)
 
 
