@@ -40,6 +40,10 @@ class Scale:
     A graph reads what earlier scales of the generation left where it was when the graph was made. So it belongs to what
     ran before: `behind()` is the state that a graph left (as `restore` was given it), START before the first scale, and
     None where that was no graph, whose memory is free for others.
+
+    Graphs of one `pool` use the same memory for what they compute on the way, whatever the order they were recorded in.
+    So steps share one: what a scale leaves was there when the graphs behind it were recorded, and others do not run in
+    between. What runs between steps shares none with them, and nothing (None) where its outputs are lent.
     """
 
     key: tuple[Hashable, Hashable]
@@ -52,6 +56,7 @@ class Scale:
     group: Hashable = None
     lent: bool = False
     behind: Callable[[], Hashable] = lambda: START
+    pool: Hashable = "steps"
 
     @classmethod
     def stateless(
@@ -64,7 +69,8 @@ class Scale:
         lent: bool = False,
     ) -> Scale:
         """What changes no Python state."""
-        return cls(key, run, lambda: None, lambda _: None, moving, (), generator, lent=lent)
+        pool = None if lent else "between"
+        return cls(key, run, lambda: None, lambda _: None, moving, (), generator, lent=lent, pool=pool)
 
     def __call__(self, args: Sequence[Any], generator: torch.Generator | None = None) -> list[Any]:
         if self.generator is None:
@@ -139,7 +145,7 @@ class Lane:
     _owned: set[int] = field(default_factory=set)
     _lent: dict[int, Tensor] = field(default_factory=dict)  # outputs by id, of graphs that are not freed
     _generator: torch.Generator | None = None
-    _pool: Any = None
+    _pools: dict[Hashable, Any] = field(default_factory=dict)
 
     def buffer(
         self, name: Hashable, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, room: int, start: int
@@ -244,7 +250,6 @@ class Lane:
         """A graph of the scale, launched once; None, and everything as it was, where the device refuses."""
         fixed, fresh, moving = self._put(scale, args)
         before = scale.save()
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
         # A weight that autocast has cast before would be read where it is then, and is freed with the user's region.
         caching = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
@@ -292,8 +297,16 @@ class Lane:
         if scale.generator is not None:
             own = self._generator = self._generator or torch.Generator(device=scale.generator.device)
             graph.register_generator_state(own)
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool(scale), capture_error_mode="thread_local"):
             return graph, scale(fixed, own)
+
+    def pool(self, scale: Scale) -> Any:
+        """The memory pool that the graph of `scale` shares with others; a new one where it shares none."""
+        if scale.pool is None:
+            return torch.cuda.graph_pool_handle()
+        if scale.pool not in self._pools:
+            self._pools[scale.pool] = torch.cuda.graph_pool_handle()
+        return self._pools[scale.pool]
 
     def _free_groups(self) -> None:
         """Free the graphs of the plans that were not used for longest; they are captured anew when they come back."""

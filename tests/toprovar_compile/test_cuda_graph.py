@@ -152,3 +152,14 @@ def test_what_lies_between_steps_is_recorded_for_each_precision(
         lane.begin()
         lane.call("advance", lambda a: [a * 2], [x], [], None)
     assert len(recorded) == 2
+
+
+def test_graphs_that_run_between_others_share_no_memory_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph writes what it computes on the way where one that was recorded later keeps its outputs."""
+    handles = iter(range(10))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: next(handles))
+    lane, step = Lane(), scale(torch.ones(()))
+    decoder = Scale.stateless(("decode", None), list, [0])
+    lent = Scale.stateless(("advance", None), list, [0], lent=True)
+    pools = [lane.pool(part) for part in (step, decoder, lent, step, decoder, lent)]
+    assert pools[0] == pools[3] and pools[1] == pools[4] and len(set(pools)) == 4
