@@ -241,31 +241,44 @@ def _explain_failure(error: BaseException) -> None:
 
 @dataclass(frozen=True)
 class Frame:
-    """What Dynamo compiled: a function's code, and the number of this compilation of it."""
+    """What Dynamo compiled: a function's code, and the number of this compilation of it until a reset."""
 
     code: types.CodeType
     number: CompileId
 
-    def holds(self, method: types.MethodType, args: Sequence[Any]) -> bool:
-        """Whether Dynamo's guards of this compilation hold for `method(*args)`, so that it may be what is run.
+    def guards(self) -> Guards | None:
+        """The guards of this compilation, which has just run."""
+        for entry in eval_frame._debug_get_cache_entry_list(self.code):
+            if entry.compile_id == self.number:
+                return Guards(self.code, entry.code)
+        return None
 
-        They are looked up each time: Dynamo drops those of entries whose objects are gone.
-        """
-        guards = self._guards()
-        if guards is None or method.__func__.__code__ is not self.code:
+
+@dataclass(frozen=True)
+class Guards:
+    """Dynamo's guards of `compiled`, which it made of a function's `code`.
+
+    They are looked up each time: Dynamo drops those of entries whose objects are gone, and entries themselves.
+    """
+
+    code: types.CodeType
+    compiled: types.CodeType
+
+    def hold(self, method: types.MethodType, args: Sequence[Any]) -> bool:
+        """Whether they hold for `method(*args)`, so that what was compiled may be what is run."""
+        guards, code = self._guards(), self.code
+        if guards is None or method.__func__.__code__ is not code:
             return False
         values = (method.__self__, *args)
-        given = self.code.co_argcount - len(values)
+        given = code.co_argcount - len(values)
         defaults = method.__func__.__defaults__ or ()
-        if self.code.co_flags & _VARIADIC or self.code.co_kwonlyargcount or self.code.co_freevars:
-            return False
-        if not 0 <= given <= len(defaults):
+        if code.co_flags & _VARIADIC or code.co_kwonlyargcount or code.co_freevars or not 0 <= given <= len(defaults):
             return False
         values += defaults[len(defaults) - given :]
-        return bool(guards.check(dict(zip(self.code.co_varnames, values, strict=False))))
+        return bool(guards.check(dict(zip(code.co_varnames, values, strict=False))))
 
-    def guards_of_model(self) -> str | None:
-        """A digest of those guards that are about the method's object and globals alone, as Dynamo describes them.
+    def about_model(self) -> str | None:
+        """A digest of those that are about the method's object and globals alone, as Dynamo describes them.
 
         Where it is equal for two compilations, these guards are. Modes are not among them: see `mode_guard`.
         """
@@ -278,11 +291,10 @@ class Frame:
         return hashlib.sha256("\n".join(about).encode()).hexdigest()
 
     def _guards(self) -> Any:
-        entries = eval_frame._debug_get_cache_entry_list(self.code)
-        entry = next((e for e in entries if e.compile_id == self.number), None)
-        if entry is None or isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
-            return None
-        return entry.guard_manager
+        for entry in eval_frame._debug_get_cache_entry_list(self.code):
+            if entry.code is self.compiled and not isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
+                return entry.guard_manager
+        return None
 
 
 def _described(manager: Any) -> Iterator[str]:

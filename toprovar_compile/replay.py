@@ -2,11 +2,11 @@
 
 A step is replayed so only if its CUDA graph was launched through them before, in this or an earlier generation, for
 arguments of this very form, and if in this generation Dynamo's guards of the same compiled code held for a scale: it
-ran the code, or its guards were asked, here, once a generation (`inductor.Frame.holds`). Why the images are then the
+ran the code, or its guards were asked, here, once a generation (`inductor.Guards.hold`). Why the images are then the
 ones that running the step would give:
 
 - Where the guards on model and globals of several compilations are the same, as Dynamo describes them
-  (`inductor.Frame.guards_of_model`), those of one are asked for all.
+  (`inductor.Guards.about_model`), those of one are asked for all.
 - Dynamo's guards are about the arguments, the modes of torch, and the model with the globals that its code reads. Those
   on arguments held when the graph was launched for arguments of equal form (types, dtypes, devices, sizes, strides,
   which of them are the same, all plain values); form is compared anew. Those on modes and on the model held earlier in
@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from toprovar_compile.cuda_graph import Captured, Lane, Launch, Moving
-from toprovar_compile.inductor import Frame, mode_guard, tensor_guard
+from toprovar_compile.inductor import Guards, mode_guard, tensor_guard
 from toprovar_compile.report import counters
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class StepReplays:
             or not weights.in_modules()
             or not (any(other.weights is weights for other in others) or weights.in_place())
             or state.rewritten(program.hoisted)
-            or not (any(program.guarded_like(other) for other in others) or program.frame.holds(program.run, args))
+            or not (any(program.guarded_like(other) for other in others) or program.guards.hold(program.run, args))
         ):
             return False
         self._checked[program.step] = _Checked.now(program)
@@ -273,22 +273,22 @@ class _Program:
     """A step program as it was run: for which method, under which callback of Dynamo, and on which weights.
 
     `fixed` are these in the order of its graph, `hoisted` those of which something is made for the whole image.
-    `guards` is what `Frame.guards_of_model` says, `same_modes` whether modes are those that it was run in.
+    `about_model` is what `Guards.about_model` says, `same_modes` whether modes are those that it was run in.
     """
 
     step: StepProgram
-    frame: Frame
+    guards: Guards
     run: MethodType
     compiler: Callable[[], Any]
     weights: _Weights
     fixed: list[Tensor]
     hoisted: list[Tensor]
-    guards: str | None
+    about_model: str | None
     same_modes: Callable[[], bool]
 
     def guarded_like(self, other: _Program) -> bool:
         """Whether Dynamo's guards on model and globals hold where those of `other` do."""
-        return self.guards is not None and self.guards == other.guards and self.run == other.run
+        return self.about_model is not None and self.about_model == other.about_model and self.run == other.run
 
 
 @dataclass(frozen=True)
@@ -408,8 +408,11 @@ def _program(state: StepState, step: StepProgram, run: Callable[..., Any], args:
     ):
         return old
     reference = (lambda: None) if compiler is None else weakref.ref(compiler)
-    guards = frame.guards_of_model()
-    found = _Program(step, frame, run, reference, weights, fixed, hoisted, guards, mode_guard())
+    guards = frame.guards()
+    if guards is None:
+        _refused("Dynamo has dropped what ran")
+        return None
+    found = _Program(step, guards, run, reference, weights, fixed, hoisted, guards.about_model(), mode_guard())
     state.lane.notes["program", step] = found
     return found
 

@@ -21,7 +21,7 @@ from toprovar_compile import dispatch
 from toprovar_compile.bench.host import stand_ins
 from toprovar_compile.cuda_graph import Lane, Scale
 from toprovar_compile.decision import Decision
-from toprovar_compile.inductor import Frame, mode_guard, pure_frame, tensor_guard
+from toprovar_compile.inductor import Guards, mode_guard, pure_frame, tensor_guard
 from toprovar_compile.models import var
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig
@@ -500,22 +500,21 @@ def test_what_is_nothing_but_its_graph() -> None:
 @torch.no_grad()
 def test_guards_of_a_compilation() -> None:
     steps, x, caches = _Steps(), torch.ones(2, 3), [torch.ones(4, 3)]
-    (gone,) = _frames_of(steps.pure, x, caches)
-    (frame,) = _frames_of(steps.pure, x, caches)
-    assert frame.holds(steps.pure, (torch.ones(5, 3), caches))
+    gone, guards = (_frames_of(steps.pure, x, caches)[0].guards() for _ in range(2))  # a reset lies between them
+    assert guards.hold(steps.pure, (torch.ones(5, 3), caches))
     for method, args in ((steps.pure, (x.double(), caches)), (steps.pure, (x,)), (steps.keeps, (x, caches))):
-        assert not frame.holds(method, args)
-    assert not gone.holds(steps.pure, (x, caches)) and gone.guards_of_model() is None
+        assert not guards.hold(method, args)
+    assert not gone.hold(steps.pure, (x, caches)) and gone.about_model() is None
 
     def recompiled(*args: Any) -> str | None:
         torch.compile(steps.pure, backend="eager")(*args)
-        newest = eval_frame._debug_get_cache_entry_list(frame.code)[0]
-        return Frame(frame.code, newest.compile_id).guards_of_model()
+        code = _Steps.pure.__code__
+        return Guards(code, eval_frame._debug_get_cache_entry_list(code)[0].code).about_model()
 
-    assert recompiled(x, [*caches, x]) == frame.guards_of_model(), "the arguments differ alone"
+    assert recompiled(x, [*caches, x]) == guards.about_model(), "the arguments differ alone"
     steps.weight.requires_grad_(False)
-    assert not frame.holds(steps.pure, (x, caches))
-    assert recompiled(x, caches) != frame.guards_of_model()
+    assert not guards.hold(steps.pure, (x, caches))
+    assert recompiled(x, caches) != guards.about_model()
 
 
 def test_numbers_of_the_model() -> None:
