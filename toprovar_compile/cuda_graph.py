@@ -413,7 +413,7 @@ class Lane:
         return outputs
 
 
-def _key(scale: Scale, args: Sequence[Any]) -> Hashable:
+def _key(scale: Scale, args: Sequence[Any]) -> tuple[Hashable, Hashable]:
     return scale.key, tuple([(args[i].shape, args[i].stride(), args[i].dtype) for i in scale.moving])
 
 

@@ -11,7 +11,6 @@ import threading
 from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from operator import attrgetter
 from typing import Any
 
 import sympy
@@ -345,11 +344,8 @@ class StepState:
 
     def rewritten(self, weights: Sequence[Any]) -> bool:
         """Whether one of these was written to since the generation first looked at it."""
-        counted = [w for w in weights if isinstance(w, Tensor) and not w.is_inference()]
-        ids, now = list(map(id, counted)), list(map(attrgetter("_version"), counted))
-        first = list(map(self.versions.get, ids, now))
-        self.versions.update(zip(ids, first, strict=True))
-        return first != now
+        now = list(map(_version, weights))
+        return list(map(self.versions.setdefault, map(id, weights), now)) != now
 
 
 @dataclass(frozen=True)

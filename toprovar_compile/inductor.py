@@ -7,6 +7,7 @@ them comes back as sympy relations, for the dispatcher to check before each use:
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import logging
 import os
@@ -240,30 +241,73 @@ def _explain_failure(error: BaseException) -> None:
 
 @dataclass(frozen=True)
 class Frame:
-    """What Dynamo compiled: a function's code, and the number of this compilation of it."""
+    """What Dynamo compiled: a function's code, and the number of this compilation of it until a reset."""
 
     code: types.CodeType
     number: CompileId
 
-    def holds(self, method: types.MethodType, args: Sequence[Any]) -> bool:
-        """Whether Dynamo's guards of this compilation hold for `method(*args)`, so that it may be what is run.
+    def guards(self) -> Guards | None:
+        """The guards of this compilation, which has just run."""
+        for entry in eval_frame._debug_get_cache_entry_list(self.code):
+            if entry.compile_id == self.number:
+                return Guards(self.code, entry.code)
+        return None
 
-        An entry is looked up each time: Dynamo drops or empties the guards of those whose objects are gone.
-        """
-        entry = next(
-            (e for e in eval_frame._debug_get_cache_entry_list(self.code) if e.compile_id == self.number), None
-        )
-        if entry is None or isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
+
+@dataclass(frozen=True)
+class Guards:
+    """Dynamo's guards of `compiled`, which it made of a function's `code`.
+
+    They are looked up each time: Dynamo drops those of entries whose objects are gone, and entries themselves.
+    """
+
+    code: types.CodeType
+    compiled: types.CodeType
+
+    def hold(self, method: types.MethodType, args: Sequence[Any]) -> bool:
+        """Whether they hold for `method(*args)`, so that what was compiled may be what is run."""
+        guards, code = self._guards(), self.code
+        if guards is None or method.__func__.__code__ is not code:
             return False
         values = (method.__self__, *args)
-        given = self.code.co_argcount - len(values)
+        given = code.co_argcount - len(values)
         defaults = method.__func__.__defaults__ or ()
-        if self.code.co_flags & _VARIADIC or self.code.co_kwonlyargcount or self.code.co_freevars:
-            return False
-        if not 0 <= given <= len(defaults):
+        if code.co_flags & _VARIADIC or code.co_kwonlyargcount or code.co_freevars or not 0 <= given <= len(defaults):
             return False
         values += defaults[len(defaults) - given :]
-        return bool(entry.guard_manager.check(dict(zip(self.code.co_varnames, values, strict=False))))
+        return bool(guards.check(dict(zip(code.co_varnames, values, strict=False))))
+
+    def about_model(self) -> str | None:
+        """A digest of those that are about the method's object and globals alone, as Dynamo describes them.
+
+        Where it is equal for two compilations, these guards are. Modes are not among them: see `mode_guard`.
+        """
+        guards = self._guards()
+        if guards is None:
+            return None
+        own = f"L['{self.code.co_varnames[0]}']"
+        texts = {re.sub(r"__builtins_dict__\w+", "builtins", text.split("  #")[0]) for text in _described(guards.root)}
+        about = sorted(text for text in texts if "L['" not in text.replace(own, ""))
+        return hashlib.sha256("\n".join(about).encode()).hexdigest()
+
+    def _guards(self) -> Any:
+        for entry in eval_frame._debug_get_cache_entry_list(self.code):
+            if entry.code is self.compiled and not isinstance(entry.guard_manager, DeletedGuardManagerWrapper):
+                return entry.guard_manager
+        return None
+
+
+def _described(manager: Any) -> Iterator[str]:
+    """What Dynamo says of each guard in a tree of them."""
+    for guard in manager.get_leaf_guards():
+        yield from guard.verbose_code_parts()
+    if hasattr(manager, "get_key_value_managers"):  # of a dict
+        children = [child for pair in manager.get_key_value_managers().values() for child in pair]
+    else:
+        children = manager.get_child_managers()
+    for child in children:
+        if child is not None:
+            yield from _described(child)
 
 
 _VARIADIC = inspect.CO_VARARGS | inspect.CO_VARKEYWORDS

@@ -2,9 +2,11 @@
 
 A step is replayed so only if its CUDA graph was launched through them before, in this or an earlier generation, for
 arguments of this very form, and if in this generation Dynamo's guards of the same compiled code held for a scale: it
-ran the code, or its guards were asked, here, once a generation (`inductor.Frame.holds`). Why the images are then the
+ran the code, or its guards were asked, here, once a generation (`inductor.Guards.hold`). Why the images are then the
 ones that running the step would give:
 
+- Where the guards on model and globals of several compilations are the same, as Dynamo describes them
+  (`inductor.Guards.about_model`), those of one are asked for all.
 - Dynamo's guards are about the arguments, the modes of torch, and the model with the globals that its code reads. Those
   on arguments held when the graph was launched for arguments of equal form (types, dtypes, devices, sizes, strides,
   which of them are the same, all plain values); form is compared anew. Those on modes and on the model held earlier in
@@ -40,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from toprovar_compile.cuda_graph import Captured, Lane, Launch, Moving
-from toprovar_compile.inductor import Frame, mode_guard, tensor_guard
+from toprovar_compile.inductor import Guards, mode_guard, tensor_guard
 from toprovar_compile.report import counters
 
 if TYPE_CHECKING:
@@ -59,7 +61,6 @@ class StepReplays:
     def __init__(self, state: StepState) -> None:
         self._owner = weakref.ref(state)  # which holds this: what a generation had is freed at its end
         self._checked: dict[StepProgram, _Checked] = {}
-        self._in_place: set[int] = set()
         self._latest: tuple[StepProgram, Launch] | None = None
 
     @property
@@ -116,19 +117,20 @@ class StepReplays:
         checked = self._checked.get(program.step)
         if checked is not None:
             return checked.program is program and program.run == run and checked.still()
+        others = [c.program for c in self._checked.values()]
         state, weights = self._state, program.weights
         assert state.session is not None
         if (
             program.run != run
             or state.session.compiler is None
             or program.compiler() is not state.session.compiler
+            or not program.same_modes()
             or not weights.in_modules()
-            or not (id(weights) in self._in_place or weights.in_place())
+            or not (any(other.weights is weights for other in others) or weights.in_place())
             or state.rewritten(program.hoisted)
-            or not program.frame.holds(program.run, args)
+            or not (any(program.guarded_like(other) for other in others) or program.guards.hold(program.run, args))
         ):
             return False
-        self._in_place.add(id(weights))
         self._checked[program.step] = _Checked.now(program)
         return True
 
@@ -235,7 +237,7 @@ class _Weights:
         found = _held_by(tables)
         if not wanted <= set(map(id, found)):
             return None
-        return cls(tensors, [t.data_ptr() for t in tensors], tables, found)
+        return cls(tensors, list(map(Tensor.data_ptr, tensors)), tables, found)
 
     def in_modules(self) -> bool:
         """Whether they are still what the modules hold."""
@@ -244,7 +246,7 @@ class _Weights:
 
     def in_place(self) -> bool:
         """Whether they are still where they were in memory."""
-        return [t.data_ptr() for t in self.tensors] == self.pointers
+        return list(map(Tensor.data_ptr, self.tensors)) == self.pointers
 
 
 def _held_by(tables: list[dict[str, Any]]) -> list[Any]:
@@ -271,36 +273,41 @@ class _Program:
     """A step program as it was run: for which method, under which callback of Dynamo, and on which weights.
 
     `fixed` are these in the order of its graph, `hoisted` those of which something is made for the whole image.
+    `about_model` is what `Guards.about_model` says, `same_modes` whether modes are those that it was run in.
     """
 
     step: StepProgram
-    frame: Frame
+    guards: Guards
     run: MethodType
     compiler: Callable[[], Any]
     weights: _Weights
     fixed: list[Tensor]
     hoisted: list[Tensor]
+    about_model: str | None
+    same_modes: Callable[[], bool]
+
+    def guarded_like(self, other: _Program) -> bool:
+        """Whether Dynamo's guards on model and globals hold where those of `other` do."""
+        return self.about_model is not None and self.about_model == other.about_model and self.run == other.run
 
 
 @dataclass(frozen=True)
 class _Checked:
-    """Dynamo's guards of a program held in this generation: with which hoisted weights, and in which modes."""
+    """Dynamo's guards of a program held in this generation, and versions of hoisted weights then."""
 
     program: _Program
     versions: list[int]
-    same_modes: Callable[[], bool]
 
     @classmethod
     def now(cls, program: _Program) -> _Checked:
         """They have just held."""
-        return cls(program, list(map(_version, program.hoisted)), mode_guard())
+        return cls(program, list(map(_version, program.hoisted)))
 
     def still(self) -> bool:
         """Whether all of this is so now."""
         program = self.program
-        return (
-            self.same_modes() and list(map(_version, program.hoisted)) == self.versions and program.weights.in_modules()
-        )
+        versions = list(map(_version, program.hoisted))
+        return versions == self.versions and program.same_modes() and program.weights.in_modules()
 
 
 @dataclass(frozen=True)
@@ -396,11 +403,16 @@ def _program(state: StepState, step: StepProgram, run: Callable[..., Any], args:
         and old.weights is weights
         and old.run == run
         and old.compiler() is compiler
+        and old.same_modes()
         and all(map(is_, fixed, old.fixed))
     ):
         return old
     reference = (lambda: None) if compiler is None else weakref.ref(compiler)
-    found = _Program(step, frame, run, reference, weights, fixed, hoisted)
+    guards = frame.guards()
+    if guards is None:
+        _refused("Dynamo has dropped what ran")
+        return None
+    found = _Program(step, guards, run, reference, weights, fixed, hoisted, guards.about_model(), mode_guard())
     state.lane.notes["program", step] = found
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -69,6 +70,34 @@ def test_a_weight_that_moved_runs_kernel_by_kernel_and_is_counted(recorded: list
     assert lane.run(scale(weight), [torch.tensor(1.0), weight])[0] == 5
     assert recorded[0].replays == 0
     assert counters.snapshot()["cuda_graph_miss: a weight or a cache is not where it was at capture"] == 1
+
+
+def test_a_weight_that_moved_is_missed_at_every_scale(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.nn.Parameter(torch.tensor(3.0), requires_grad=False)
+    scales = [replace(scale(weight), key=("step", s)) for s in range(2)]
+    for _ in range(2):
+        lane.begin()
+        for each in scales:
+            lane.run(each, [torch.tensor(1.0), weight])
+    weight.data = torch.tensor(5.0)
+    lane.begin()
+    for each in scales:
+        lane.run(each, [torch.tensor(1.0), weight])
+    assert [r.replays for r in recorded] == [0, 0]
+
+
+def test_what_a_graph_lends_is_read_where_it_is(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+    for i in range(4):
+        lane.begin()
+        (x,) = lane.call("double", lambda a: [a * 2], [torch.tensor(float(i))], [], None)
+        assert lane.run(scale(weight), [x, weight])[0] == 6 * i
+        if i > 0:  # both are graphs
+            assert [*lane._inputs.values()][-1] is x
+            other = torch.tensor(5.0)
+            assert lane.run(scale(weight), [other, weight])[0] == 15
+            (x,) = lane.call("double", lambda a: [a * 2], [torch.tensor(7.0)], [], None)
+            assert lane.run(scale(weight), [x, weight])[0] == 42
 
 
 def test_a_weight_changed_in_place_is_followed(recorded: list[Recording]) -> None:

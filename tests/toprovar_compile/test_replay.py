@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo import eval_frame
 from torch._dynamo.utils import counters as compile_counters
 
 from toprovar_compile import dispatch
 from toprovar_compile.bench.host import stand_ins
 from toprovar_compile.cuda_graph import Lane, Scale
 from toprovar_compile.decision import Decision
-from toprovar_compile.inductor import mode_guard, pure_frame, tensor_guard
+from toprovar_compile.inductor import Guards, mode_guard, pure_frame, tensor_guard
 from toprovar_compile.models import var
 from toprovar_compile.models.bsq import BSQVAEConfig
 from toprovar_compile.models.infinity import Infinity, InfinityConfig
@@ -28,6 +29,7 @@ from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import Plan
 from toprovar_compile.prepare.family import compile_steps
 from toprovar_compile.reference import pruned
+from toprovar_compile.replay import StepReplays
 from toprovar_compile.report import counters
 from toprovar_compile.schedule import ScaleSchedule
 from toprovar_compile.session import Session
@@ -298,6 +300,20 @@ def test_a_graph_reads_what_graphs_before_it_left(make_var: Callable[..., VAR]) 
     assert any(key.startswith("cuda_graph_postponed") for key in counters.snapshot())
 
 
+def test_a_flag_changed_between_images(model: VAR, fast: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast(LABELS, seed=3)
+    monkeypatch.setattr(model.blocks[1].attn, "scale", 0.5)
+    replay = StepReplays.replay
+
+    def refused(*args: Any) -> Any:
+        assert replay(*args) is not None, "the step has to run"
+        return None
+
+    monkeypatch.setattr(StepReplays, "replay", torch.compiler.disable(refused))
+    with pytest.raises(AssertionError, match="the step has to run"):
+        fast(LABELS, seed=3)
+
+
 def test_another_precision(model: VAR, fast: Any) -> None:
     model.double()
     for _ in range(3):
@@ -355,6 +371,14 @@ def test_two_threads(model: VAR, fast: Any) -> None:
         torch.testing.assert_close(got[seed], image, **TOLERANCE)
 
 
+def test_a_stance_that_forbids_compiled_code(model: VAR, fast: Any) -> None:
+    want, count = fast(LABELS, seed=3), replayed()
+    assert count == REPLAYED
+    with torch.compiler.set_stance("force_eager"):
+        torch.testing.assert_close(fast(LABELS, seed=3), want, **TOLERANCE)
+    assert replayed() == count
+
+
 class _Keeping(VAR):
     """Its step does more than return something."""
 
@@ -410,10 +434,10 @@ def test_autocast_that_begins_between_scales(model: VAR, fast: Any) -> None:
 
 def test_other_sizes_are_run_and_then_replayed(model: VAR, fast: Any) -> None:
     one = torch.tensor([3])
-    for count in (0, 0, REPLAYED):
+    for _ in range(4):
         before = replayed()
         torch.testing.assert_close(fast(one, seed=3), model(one, seed=3), **TOLERANCE)
-        assert replayed() == before + count
+    assert replayed() == before + REPLAYED
     torch.testing.assert_close(fast(LABELS, seed=3), model(LABELS, seed=3), **TOLERANCE)
 
 
@@ -471,6 +495,26 @@ def test_what_is_nothing_but_its_graph() -> None:
     first, second = _frames_of(steps.breaks, x)
     assert first is None and second.code is not _Steps.breaks.__code__
     assert pure_frame() is None
+
+
+@torch.no_grad()
+def test_guards_of_a_compilation() -> None:
+    steps, x, caches = _Steps(), torch.ones(2, 3), [torch.ones(4, 3)]
+    gone, guards = (_frames_of(steps.pure, x, caches)[0].guards() for _ in range(2))  # a reset lies between them
+    assert guards.hold(steps.pure, (torch.ones(5, 3), caches))
+    for method, args in ((steps.pure, (x.double(), caches)), (steps.pure, (x,)), (steps.keeps, (x, caches))):
+        assert not guards.hold(method, args)
+    assert not gone.hold(steps.pure, (x, caches)) and gone.about_model() is None
+
+    def recompiled(*args: Any) -> str | None:
+        torch.compile(steps.pure, backend="eager")(*args)
+        code = _Steps.pure.__code__
+        return Guards(code, eval_frame._debug_get_cache_entry_list(code)[0].code).about_model()
+
+    assert recompiled(x, [*caches, x]) == guards.about_model(), "the arguments differ alone"
+    steps.weight.requires_grad_(False)
+    assert not guards.hold(steps.pure, (x, caches))
+    assert recompiled(x, caches) != guards.about_model()
 
 
 def test_numbers_of_the_model() -> None:

@@ -135,7 +135,8 @@ class Infinity(nn.Module):
     `forward(text)` generates images from T5 features. Compile it with `torch.compile(model, backend="toprovar")`.
     `schedule` is the default of `forward`, `sampling` holds its other defaults; `stream_dtype` is the precision of the
     residual stream; `plan` is the pruning plan made for these weights, which compiled generation takes by default.
-    `on_bits`, if set, is called with the bits that each scale draws, int64 (batch, tokens, bits of a token).
+    `on_bits`, if set, is called with the bits that each scale draws, int64 (batch, tokens, bits of a token), which hold
+    until the next image.
     """
 
     plan: Plan | None = None
