@@ -353,37 +353,33 @@ def _stacks() -> tuple[Any, ...]:
     return torch.is_inference_mode_enabled(), *map(id, functions), None, *map(id, operators)
 
 
-class _Ones:
-    """Whether sizes of 1 may be symbols, which older versions of torch know of a process and not of a thread."""
+class _OnesStayOpen:
+    """See `ones_stay_open`. Older versions of torch hold the setting for a process: what was before the first of the
+    threads that are inside is restored."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, False
 
-    @contextmanager
-    def stay_open(self) -> Iterator[None]:
-        """Restores what was before the first of the threads that are inside."""
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
                 self._before = _symbols.backed_size_oblivious
             self._inside += 1
             _symbols.backed_size_oblivious = True
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._inside -= 1
-                _symbols.backed_size_oblivious = self._before
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            _symbols.backed_size_oblivious = self._before
 
 
-_ones = _Ones()
+ones_stay_open: AbstractContextManager[None] = _OnesStayOpen()
+"""In its `with` block Dynamo captures a dimension that is marked dynamic as a symbol though its size is 1.
 
-
-def ones_stay_open() -> AbstractContextManager[None]:
-    """In the `with` block Dynamo captures a dimension that is marked dynamic as a symbol though its size is 1.
-
-    Code for it is then what serves other sizes as well; where there is none, the size is fixed by a guard, as ever.
-    """
-    return _ones.stay_open()
+The code is then what serves other sizes as well; where there is none such, the size is fixed by a guard, as ever.
+"""
 
 
 # what the compiler tells about itself

@@ -388,7 +388,10 @@ class Plan:
     @cached_property
     def is_even(self) -> bool:
         """Whether at each scale all layers run on equally many tokens, for every image: their caches grow alike."""
-        alike = all(len({a.tokens(n) for a in scale.layers}) < 2 for scale, n in zip(self.scales, self.schedule.tokens, strict=True))
+        alike = all(
+            len({a.tokens(n) for a in scale.layers}) < 2
+            for scale, n in zip(self.scales, self.schedule.tokens, strict=True)
+        )
         return alike and all(alternative.is_even for alternative in self.alternatives)
 
     def reads_entropy(self) -> frozenset[tuple[int, int]]:

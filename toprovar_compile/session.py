@@ -102,7 +102,7 @@ class Session:
             for t in arg if isinstance(arg, list | tuple) else ():
                 if isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 1:
                     torch._dynamo.maybe_mark_dynamic(t, 2)
-        return ones_stay_open()
+        return ones_stay_open
 
     def even(self, caches: Sequence[Tensor]) -> bool:
         """Whether all of `caches` (B, H, p, D) have one length, now and, as far as the plan tells, at later scales."""
@@ -153,16 +153,14 @@ class Session:
                 logger.warning(_NOT_COMPILED)
 
 
-def check_equal_lengths(entries: Sequence[Tensor]) -> None:
-    """Have the compiler know that these keys and values (B, H, T, D) have one length: one symbol instead of many.
+def check_equal_sizes(sizes: Sequence[int]) -> None:
+    """In a step: have the compiler know that these sizes are one, which it then has one symbol for instead of many.
 
-    Raises ScaleGuardError where they have not.
+    Raises ScaleGuardError where they are not.
     """
-    for t in entries[1:]:
-        if t.shape[2] != entries[0].shape[2]:
-            raise ScaleGuardError(
-                f"lengths of keys and values differ: {entries[0].shape[2]} and {t.shape[2]}", where="step"
-            )
+    for size in sizes[1:]:
+        if size != sizes[0]:
+            raise ScaleGuardError(f"sizes differ: {sizes[0]} and {size}", where="step", expected="one size")
 
 
 _current: ContextVar[Session | None] = ContextVar("toprovar_session", default=None)

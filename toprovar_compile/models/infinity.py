@@ -33,7 +33,7 @@ from toprovar_compile.models.infinity_text import TextBatch, pack_text
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.decide import decide
 from toprovar_compile.schedule import ScaleSchedule
-from toprovar_compile.session import check_equal_lengths, current_session, generation
+from toprovar_compile.session import check_equal_sizes, current_session, generation
 
 __all__ = [
     "INFINITY_2B",
@@ -242,9 +242,9 @@ class Infinity(nn.Module):
         `even` says that all caches have one length, which the compiler then has one symbol for instead of many.
         Returns logits (R, n, 2 * bits) and the new caches.
         """
-        check_equal_lengths((*text_k, *text_v))
-        for pair in zip(k_cache, v_cache, strict=True) if not even else [(*k_cache, *v_cache)]:
-            check_equal_lengths(pair)
+        check_equal_sizes([t.shape[2] for t in (*text_k, *text_v)] + [text_mask.shape[3]])
+        for caches in [(*k_cache, *v_cache)] if even else zip(k_cache, v_cache, strict=True):
+            check_equal_sizes([t.shape[2] for t in caches])
         keys, values = [], []
         for i, block in enumerate(self.blocks):
             mixes = bool(mixing) and mixing[i]
