@@ -95,7 +95,7 @@ class Session:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _open_lengths(self, args: Sequence[Any]) -> AbstractContextManager[None]:
-        """Where caches hold one token, have the compiler leave their length open: one capture then serves all scales."""
+        """Where caches hold one token, have Dynamo leave their length open: one capture then serves all later scales."""
         if self.scale != 1 or self.prefix + self.schedule.tokens[0] != 1:
             return nullcontext()
         for arg in args:
