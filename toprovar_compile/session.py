@@ -95,7 +95,7 @@ class Session:
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _open_lengths(self, args: Sequence[Any]) -> AbstractContextManager[None]:
-        """Where caches hold one token, have Dynamo leave their length open: one capture then serves all later scales."""
+        """Where caches hold one token, have Dynamo leave their length open: one capture serves all later scales."""
         if self.scale != 1 or self.prefix + self.schedule.tokens[0] != 1:
             return nullcontext()
         for arg in args:
@@ -104,6 +104,7 @@ class Session:
                     torch._dynamo.maybe_mark_dynamic(t, 2)
         return ones_stay_open
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def even(self, caches: Sequence[Tensor]) -> bool:
         """Whether all of `caches` (B, H, p, D) have one length, now and, as far as the plan tells, at later scales."""
         return self.plan is None or (self.plan.is_even and len({t.shape[2] for t in caches}) < 2)
