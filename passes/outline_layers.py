@@ -5,10 +5,10 @@
     Functional:  the same calls, and apart from them the functional graph of blocks.0
     Inlined:     that graph on (x, w0), then on (x1, w1)
 
-A call takes what the step computes; inputs of the step, weights above all, are found again in the functional graph.
-Tracing a node costs a hundred times what copying it costs, and passes over the functional graph want it flat.
-`torch.compiler.nested_compile_region` does not serve: its layers must have the same symbols, here each layer has the
-lengths of its own caches.
+A call takes what the step computes. Inputs that only layers read, nearly all of a step, are taken out as well and not
+traced; they are put back with the layers. Tracing a node or an input costs a hundred times what copying it costs, and
+passes over the functional graph want it flat. `torch.compiler.nested_compile_region` does not serve: its layers must
+have the same symbols, and under a plan that prunes each layer has the lengths of its own caches.
 
 Layers are equal if they are the same operators on inputs of equal sizes up to a renaming of symbols, of which the same
 is known. What tracing the one assumed of its sizes is assumed of each, as a guard of its own.
@@ -113,6 +113,11 @@ class Outline:
     functionalise: Functionalise
     _calls: dict[str, _Call] = field(default_factory=dict)
     _inputs: list[Node] = field(default_factory=list)  # of the captured graph
+    _unread: set[int] = field(default_factory=set)  # positions of those that were taken out
+
+    def read(self, values: Sequence[Any]) -> list[Any]:
+        """Those of `values`, one an input of the captured graph, whose inputs it still has."""
+        return [v for i, v in enumerate(values) if i not in self._unread]
 
     def outline_layers(self, gm: GraphModule, ctx: PassContext) -> PassReport:
         """Put calls in the place of the layers of `gm` that have equals, in place."""
@@ -141,6 +146,10 @@ class Outline:
         now: dict[Node, Node] = {}
         for key, call in self._calls.items():  # once all are traced: the graph changes
             _take_out(gm, call.window, key, now)
+        for i, n in enumerate(self._inputs if self._calls else ()):
+            if not n.users and isinstance(n.meta["example_value"], Tensor):
+                gm.graph.erase_node(n)
+                self._unread.add(i)
         return PassReport("outline_layers", len(self._calls), skipped, tuple(notes))
 
     @contextmanager
@@ -154,17 +163,26 @@ class Outline:
             _tracing.reset(token)
 
     def inline_layers(self, functional: GraphModule) -> None:
-        """Put a copy of the functional graph of its layer in the place of every call of `functional`, in place."""
-        calls = [n for n in functional.graph.nodes if n.target is equal_layer]
-        if not calls:
+        """Put a copy of the functional graph of its layer in the place of every call of `functional`, in place, and
+        back what inputs were taken out."""
+        if not self._calls:
             return
         inputs = placeholders(functional)
-        if len(inputs) != len(self._inputs):
+        if len(inputs) != len(self.read(self._inputs)):
             raise PassInvariantError(
                 "the functional graph has other inputs than the captured one", where="inline_layers"
             )
-        known = dict(zip(self._inputs, inputs, strict=True))
-        for node in calls:
+        present, first = iter(inputs), next(iter(functional.graph.nodes))
+        known: dict[Node, Node] = {}
+        for i, n in enumerate(self._inputs):
+            if i in self._unread:
+                with functional.graph.inserting_before(first):
+                    known[n] = functional.graph.placeholder(n.name)
+                known[n].meta.update(n.meta, val=n.meta["example_value"])
+            else:
+                known[n] = next(present)
+                first = known[n].next
+        for node in [n for n in functional.graph.nodes if n.target is equal_layer]:
             _inline(functional, node, self._calls[node.args[2]], known)
         compact(functional)
 

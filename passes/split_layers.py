@@ -20,6 +20,7 @@ import operator
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import sympy
 import torch
@@ -170,6 +171,7 @@ def module_path(node: Node) -> str:
     return clean_path(next(reversed(stack.values()))[0]) if stack else ""
 
 
+@lru_cache(maxsize=65536)
 def clean_path(path: str) -> str:
     """A path of `nn_module_stack` as `get_submodule` takes it."""
     return re.sub(r"\['?([^\]']+)'?\]", r".\1", path.removeprefix("L['self']")).replace("_modules.", "").strip(".")
@@ -235,9 +237,11 @@ def _homes(nodes: Sequence[Node], paths: Sequence[str]) -> dict[Node, int | None
     """The layer that each node belongs to by its module; None outside of layers."""
     home: dict[Node, int | None] = {}
     unnamed = []  # made by the capture itself, not by a module
+    number = {path: i for i, path in enumerate(paths)}
     for n in nodes:
         path = module_path(n)
-        home[n] = next((i for i, p in enumerate(paths) if path == p or path.startswith(p + ".")), None)
+        parts = path.split(".")
+        home[n] = min((number[p] for k in range(len(parts)) if (p := ".".join(parts[: k + 1])) in number), default=None)
         sources = {home[a] for a in n.all_input_nodes if home.get(a) is not None}
         if not path and len(sources) == 1:
             home[n] = sources.pop()
@@ -251,13 +255,15 @@ def _homes(nodes: Sequence[Node], paths: Sequence[str]) -> dict[Node, int | None
 def _streams(nodes: Sequence[Node], home: dict[Node, int | None], count: int) -> list[Node]:
     """The residual stream before each layer and after the last."""
     exits = []
+    places: dict[int, list[int]] = {}
+    for at, n in enumerate(nodes):
+        if (layer := home[n]) is not None:
+            places.setdefault(layer, []).append(at)
     for i in range(count):
-        mixed = _downstream(nodes, {n for n in nodes if n.target is fae and home[n] == i})
-        crossing = [
-            n
-            for n in nodes
-            if home[n] == i and n in mixed and is_tensor(n) and any(_leaves(u, i, home) for u in n.users)
-        ]
+        inside = [nodes[at] for at in places[i]]
+        between = nodes[places[i][0] : places[i][-1] + 1]
+        mixed = _downstream(between, {n for n in inside if n.target is fae})
+        crossing = [n for n in inside if n in mixed and is_tensor(n) and any(_leaves(u, i, home) for u in n.users)]
         if len(crossing) != 1:
             names = ", ".join(n.name for n in crossing) or "nothing"
             raise UnsupportedGraphError(f"layer {i} passes {names} on, not one tensor")

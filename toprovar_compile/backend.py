@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -108,20 +109,30 @@ def _compile_step(
         program = StepProgram(split, opts.inner, hints, report, fixed, frame, binder.plan)
         dump.program(program)
 
-        def run(args: list[Any]) -> list[Any]:
+        def run(read: list[Any]) -> list[Any]:
+            read.clear()
+            args = given.get()
             plan = program.bind([args[i] for i in fixed], len(program.layers))
             dump.begin(plan)
-            outs = program(args, plan, state_of(plan, len(program.layers)))
-            args.clear()
-            return outs
+            return program(args, plan, state_of(plan, len(program.layers)))
 
         run._boxed_call = True  # type: ignore[attr-defined]
         return run
 
     with outline.traced():
-        return aot_module_simplified(  # type: ignore[no-any-return]
-            gm, example_inputs, fw_compiler=compile_functional, inference_compiler=compile_functional
+        traced = aot_module_simplified(
+            gm, outline.read(example_inputs), fw_compiler=compile_functional, inference_compiler=compile_functional
         )
+    given: ContextVar[Sequence[Any]] = ContextVar("toprovar_step_inputs")
+
+    def call(*args: Any) -> Any:
+        token = given.set(args)
+        try:
+            return traced(*outline.read(args))
+        finally:
+            given.reset(token)
+
+    return call
 
 
 def _plain(

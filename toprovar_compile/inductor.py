@@ -12,11 +12,12 @@ import inspect
 import logging
 import os
 import re
+import threading
 import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, CompileId, TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
+from torch.fx.experimental import _config as _symbols
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 
 from toprovar_compile.errors import MissingCompilerError, OptionError
@@ -94,7 +96,8 @@ def _compile(
         for i, (value, dims) in enumerate(zip(inputs, open_dims, strict=True))
     ]
     try:
-        with torch.no_grad(), tracing(TracingContext(mode)), V.set_choices_handler(_choices()):
+        closed = _symbols.patch(backed_size_oblivious=False)
+        with torch.no_grad(), closed, tracing(TracingContext(mode)), V.set_choices_handler(_choices()):
             call: Any = compile_fx(gm, fakes)
     except Exception as error:
         _explain_failure(error)
@@ -392,6 +395,35 @@ def _stacks() -> tuple[Any, ...]:
     functions = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     operators = _get_current_dispatch_mode_stack()
     return torch.is_inference_mode_enabled(), *map(id, functions), None, *map(id, operators)
+
+
+class _OnesStayOpen:
+    """See `ones_stay_open`. Older versions of torch hold the setting for a process: what was before the first of the
+    threads that are inside is restored."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._before = _symbols.backed_size_oblivious
+            self._inside += 1
+            _symbols.backed_size_oblivious = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            _symbols.backed_size_oblivious = self._before
+
+
+ones_stay_open: AbstractContextManager[None] = _OnesStayOpen()
+"""In its `with` block Dynamo captures a dimension that is marked dynamic as a symbol though its size is 1.
+
+The code is then what serves other sizes as well; where there is none such, the size is fixed by a guard, as ever.
+"""
 
 
 # what the compiler tells about itself

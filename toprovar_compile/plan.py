@@ -385,6 +385,15 @@ class Plan:
         whole = self.exit_scale is None and all(scale.cfg for scale in self.scales)
         return whole and not self.alternatives and all(a.kind == "dense" for _, _, a in self._actions())
 
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether at each scale all layers run on equally many tokens, for every image: their caches grow alike."""
+        alike = all(
+            len({a.tokens(n) for a in scale.layers}) < 2
+            for scale, n in zip(self.scales, self.schedule.tokens, strict=True)
+        )
+        return alike and all(alternative.is_even for alternative in self.alternatives)
+
     def reads_entropy(self) -> frozenset[tuple[int, int]]:
         """The (scale, layer) whose attention entropy must be measured: a later scale prunes that layer by it, or a
         decision reads it, here or in an alternative.

@@ -7,7 +7,7 @@ several models in one process never share state, and everything in it is freed w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
 
+from toprovar_compile.errors import ScaleGuardError
+from toprovar_compile.inductor import ones_stay_open
 from toprovar_compile.report import counters, logger
 
 if TYPE_CHECKING:
@@ -85,10 +87,27 @@ class Session:
         """
         if self.replays is not None and (result := self.replays.replay(run, args)) is not None:
             return result
-        result = run(*args)
+        with self._open_lengths(args):
+            result = run(*args)
         if self.replays is not None:
             self.replays.learn(run, args, result)
         return result
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _open_lengths(self, args: Sequence[Any]) -> AbstractContextManager[None]:
+        """Where caches hold one token, have Dynamo leave their length open: one capture serves all later scales."""
+        if self.scale != 1 or self.prefix + self.schedule.tokens[0] != 1:
+            return nullcontext()
+        for arg in args:
+            for t in arg if isinstance(arg, list | tuple) else ():
+                if isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 1:
+                    torch._dynamo.maybe_mark_dynamic(t, 2)
+        return ones_stay_open
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def even(self, caches: Sequence[Tensor]) -> bool:
+        """Whether all of `caches` (B, H, p, D) have one length, now and, as far as the plan tells, at later scales."""
+        return self.plan is None or (self.plan.is_even and len({t.shape[2] for t in caches}) < 2)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def launch(
@@ -133,6 +152,16 @@ class Session:
             if self.ran not in (None, s):
                 counters.add("fallback", _NOT_COMPILED)
                 logger.warning(_NOT_COMPILED)
+
+
+def check_equal_sizes(sizes: Sequence[int]) -> None:
+    """In a step: have the compiler know that these sizes are one, which it then has one symbol for instead of many.
+
+    Raises ScaleGuardError where they are not.
+    """
+    for size in sizes[1:]:
+        if size != sizes[0]:
+            raise ScaleGuardError(f"sizes differ: {sizes[0]} and {size}", where="step", expected="one size")
 
 
 _current: ContextVar[Session | None] = ContextVar("toprovar_session", default=None)

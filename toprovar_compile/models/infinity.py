@@ -33,7 +33,7 @@ from toprovar_compile.models.infinity_text import TextBatch, pack_text
 from toprovar_compile.plan import Plan
 from toprovar_compile.policies.decide import decide
 from toprovar_compile.schedule import ScaleSchedule
-from toprovar_compile.session import current_session, generation
+from toprovar_compile.session import check_equal_sizes, current_session, generation
 
 __all__ = [
     "INFINITY_2B",
@@ -231,6 +231,7 @@ class Infinity(nn.Module):
         matrix: Tensor | None = None,
         mixing: Sequence[bool] = (),
         drop: bool = False,
+        even: bool = False,
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """One scale through all layers: the frame that is compiled.
 
@@ -239,8 +240,12 @@ class Infinity(nn.Module):
         empty at the first scale.
         Layers whose entry of `mixing` is true (none, if it is empty) mix the halves by `matrix`; with `drop` the last
         of them drops the second half, after which logits and caches have half as many rows.
+        `even` says that all caches have one length, which the compiler then has one symbol for instead of many.
         Returns logits (R, n, 2 * bits) and the new caches.
         """
+        check_equal_sizes([t.shape[2] for t in (*text_k, *text_v)] + [text_mask.shape[3]])
+        for caches in [(*k_cache, *v_cache)] if even else zip(k_cache, v_cache, strict=True):
+            check_equal_sizes([t.shape[2] for t in caches])
         keys, values = [], []
         for i, block in enumerate(self.blocks):
             mixes = bool(mixing) and mixing[i]
@@ -319,6 +324,7 @@ class Infinity(nn.Module):
                         matrix,
                         options.guidance.layers,
                         options.guidance.drop,
+                        session.even(keys),
                     )
                     forced = forced_bits[s] if s < len(forced_bits) else None
                     summed, x = self._advance(s, grids, logits, summed, rng, options, forced)
