@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+from torch.utils._pytree import tree_leaves
 
 from toprovar_compile.errors import ScaleGuardError
 from toprovar_compile.inductor import ones_stay_open
@@ -29,6 +30,12 @@ _NOT_COMPILED = (
     "raise torch._dynamo.config.recompile_limit, for instance to 64"
 )
 
+
+_MARKS = (
+    "_dynamo_dynamic_indices",
+    "_dynamo_weak_dynamic_indices",
+    "_dynamo_unbacked_indices",
+)  # of Dynamo's decorators
 
 IMAGE_SINK = "image"
 """Key in `Session.store` of a callable that is given the images of a generation."""
@@ -79,35 +86,30 @@ class Session:
     early: list[tuple[Any, ...]] = field(default_factory=list)
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
-    def step(self, run: Callable[..., Any], *args: Any) -> Any:
+    def step(self, run: Callable[..., Any], *args: Any, caches: Sequence[Tensor | None] = ()) -> Any:
         """`run(*args)`: one scale through all layers, in a method of the model that is compiled when it is called.
+
+        `caches` are those among the arguments, (B, H, p, D). Where they are told, the scale at which they hold one
+        token is captured together with later ones.
 
         A model runs its steps through this, so that a scale that was launched as a CUDA graph before can be launched
         again without the compiler's checks of everything that cannot have changed since.
         """
         if self.replays is not None and (result := self.replays.replay(run, args)) is not None:
             return result
-        with self._open_lengths(args):
+        with _open_lengths(args, caches):
             result = run(*args)
         if self.replays is not None:
             self.replays.learn(run, args, result)
         return result
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _open_lengths(self, args: Sequence[Any]) -> AbstractContextManager[None]:
-        """Where caches hold one token, have Dynamo leave their length open: one capture serves all later scales."""
-        if self.scale != 1 or self.prefix + self.schedule.tokens[0] != 1:
-            return nullcontext()
-        for arg in args:
-            for t in arg if isinstance(arg, list | tuple) else ():
-                if isinstance(t, Tensor) and t.dim() == 4 and t.shape[2] == 1:
-                    torch._dynamo.maybe_mark_dynamic(t, 2)
-        return ones_stay_open
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def even(self, caches: Sequence[Tensor]) -> bool:
+    def even(self, caches: Sequence[Tensor | None]) -> bool:
         """Whether all of `caches` (B, H, p, D) have one length, now and, as far as the plan tells, at later scales."""
-        return self.plan is None or (self.plan.is_even and len({t.shape[2] for t in caches}) < 2)
+        if self.plan is None and self.bound:
+            return True
+        lengths = {None if t is None else t.shape[2] for t in caches}
+        return (self.plan is None or self.plan.is_even) and len(lengths) < 2
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def launch(
@@ -152,6 +154,24 @@ class Session:
             if self.ran not in (None, s):
                 counters.add("fallback", _NOT_COMPILED)
                 logger.warning(_NOT_COMPILED)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _open_lengths(args: Sequence[Any], caches: Sequence[Tensor | None]) -> AbstractContextManager[None]:
+    """Where caches hold one token, have Dynamo leave their length open, and no other size of 1, as it broadcasts."""
+    lengths = {id(t) for t in caches if t is not None and t.shape[2] == 1}
+    if not caches or len(lengths) < len(caches):
+        return nullcontext()
+    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
+    for t in (*tensors, *(t._base for t in tensors if t._base is not None)):
+        ones = [d for d, size in enumerate(t.shape) if size == 1 and (d != 2 or id(t) not in lengths)]
+        if any(not getattr(t, mark, set()).isdisjoint(ones) for mark in _MARKS):
+            return nullcontext()
+        torch._dynamo.mark_static(t, ones)
+    for t in tensors:
+        if id(t) in lengths:
+            torch._dynamo.maybe_mark_dynamic(t, 2)
+    return ones_stay_open
 
 
 def check_equal_sizes(sizes: Sequence[int]) -> None:

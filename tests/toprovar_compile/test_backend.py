@@ -28,10 +28,10 @@ from toprovar_compile.session import current_session, generation
 
 EAGER = {"inner": "eager"}
 LABELS = torch.tensor([1, 7])
-# The first scale, the second, all later ones; and the decoder.
-STEP_FRAMES, FRAMES = 3, 4
+# The first scale, all later ones; and the decoder.
+STEP_FRAMES, FRAMES = 2, 3
 # A second batch size makes the batch dynamic, once and for all.
-FRAMES_OF_ANOTHER_BATCH = 4
+FRAMES_OF_ANOTHER_BATCH = 3
 # Where entropy is measured, attention is another kernel: sums in another order.
 TOLERANCE = {"rtol": 0.0, "atol": 2e-6}
 # One rounding to bfloat16 of logits around 2, and another order of sums before it.
@@ -361,9 +361,9 @@ def test_inference_mode(fast: Any, model: VAR) -> None:
 def test_a_scale_that_dynamo_no_longer_compiles_is_counted(make_var: Callable[..., VAR]) -> None:
     model = make_var(depth=2)
     model.plan = Plan.dense(model.schedule, 2)
-    few = torch.compile(model, backend="toprovar", options=EAGER, recompile_limit=2, isolate_recompiles=True)
+    few = torch.compile(model, backend="toprovar", options=EAGER, recompile_limit=1, isolate_recompiles=True)
     assert torch.equal(few(LABELS, seed=3), model(LABELS, seed=3))
-    assert counters.snapshot()[_NO_MORE_FORMS] == len(model.schedule) - 2
+    assert counters.snapshot()[_NO_MORE_FORMS] == len(model.schedule) - 1
 
 
 _NO_MORE_FORMS = (
@@ -390,9 +390,8 @@ def test_explain(fast: Any, model: VAR) -> None:
     ] * STEP_FRAMES
     proofs = [{proof for _, _, proof in g.layers} for g in steps]
     assert len(proofs[0]) == 1 and "not an open number of tokens" in proofs[0].pop()
-    assert proofs[1:] == [{"tokens proven independent"}] * 2
-    assert steps[1].layers == steps[2].layers, "later scales share their layers"
-    names = [line.split(": ")[0].split(" ", 2)[2] for line in steps[2].variants() if line.startswith("layer")]
+    assert proofs[1:] == [{"tokens proven independent"}]
+    names = [line.split(": ")[0].split(" ", 2)[2] for line in steps[1].variants() if line.startswith("layer")]
     assert {"dense", "dense with entropy", "prune, cached", "prune, cached with entropy"} <= set(names)
     assert [text.split(" &")[0] for text in steps[2].guards()][:3] == ["Eq(n, 9)", "Eq(n, 16)", "Eq(n, 36)"]
     text = str(report)

@@ -245,7 +245,7 @@ class Infinity(nn.Module):
         """
         check_equal_sizes([t.shape[2] for t in (*text_k, *text_v)] + [text_mask.shape[3]])
         for caches in [(*k_cache, *v_cache)] if even else zip(k_cache, v_cache, strict=True):
-            check_equal_sizes([t.shape[2] for t in caches])
+            check_equal_sizes([t.shape[2] for t in caches if t is not None])
         keys, values = [], []
         for i, block in enumerate(self.blocks):
             mixes = bool(mixing) and mixing[i]
@@ -325,6 +325,7 @@ class Infinity(nn.Module):
                         options.guidance.layers,
                         options.guidance.drop,
                         session.even(keys),
+                        caches=(*keys, *values),
                     )
                     forced = forced_bits[s] if s < len(forced_bits) else None
                     summed, x = self._advance(s, grids, logits, summed, rng, options, forced)

@@ -321,7 +321,7 @@ class VAR(nn.Module):
             for s in session.scales():
                 if x.shape[0] > batch and not session.guided():
                     x, cond, mod, keys, values = self._conditional_half(batch, x, cond, mod, keys, values)
-                logits, keys, values = session.step(self.step, x, cond, mod, keys, values)
+                logits, keys, values = session.step(self.step, x, cond, mod, keys, values, caches=(*keys, *values))
                 advance = partial(self._advance, s, sampling=sampling, more_smooth=more_smooth)
                 f_hat, x = session.launch((s, sampling, more_smooth), advance, (logits, f_hat), weights, rng)
                 decide(session, f_hat, self.vae.decode)

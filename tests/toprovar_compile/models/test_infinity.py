@@ -293,13 +293,15 @@ def test_number_of_frames() -> None:
     torch.compiler.reset()
 
 
-@pytest.mark.parametrize("arguments", [{}, {"cfg_layers": -1}], ids=["logits", "layer"])
-def test_compiled_plan_is_the_reference(arguments: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("arguments", "even"), [({}, False), ({"cfg_layers": -1}, True)], ids=["logits", "layer"])
+def test_compiled_plan_is_the_reference(arguments: dict[str, Any], even: bool) -> None:
+    """Guidance at a layer makes the caches of an even plan uneven."""
     torch.compiler.reset()
     dispatch.reset()
     counters.reset()
     model = make(replace(TINY, depth=2))
-    plan = mixed_plan(depth=2)
+    plan = Plan.keep_share(SCHEDULE, 2, 0.5, 2) if even else mixed_plan(depth=2)
+    assert plan.is_even == even
     fast = torch.compile(model, backend="toprovar", options={"inner": "eager", "plan": plan})
     for text in (texts(5, 9), texts(30, 9)):
         with pruned(model, plan):
