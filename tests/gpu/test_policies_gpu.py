@@ -64,7 +64,7 @@ def test_scores_and_the_end_of_guidance(model: VAR, score: Any) -> None:
     _check(model, fast, _share(model, 0.5, 3, score=score, unguided_from=4), range(4))
     counts = counters.snapshot()
     assert counts["cuda_graph_captured"] >= len(model.schedule)
-    assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counts)
+    assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counts), counts
 
 
 def test_decisions_while_graphs_are_replayed(model: VAR) -> None:
@@ -75,7 +75,7 @@ def test_decisions_while_graphs_are_replayed(model: VAR) -> None:
     followed = [_check(model, fast, _deciding(model, bound + shift), range(3, 7)) for shift in (-0.01, 0.01)]
     chosen = {p.digest() for plans in followed for p in plans if p is not None}
     assert len(chosen) == 2
-    assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counters.snapshot())
+    assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counters.snapshot()), counters.snapshot()
 
 
 def test_previews_while_graphs_are_replayed(model: VAR) -> None:
@@ -84,7 +84,7 @@ def test_previews_while_graphs_are_replayed(model: VAR) -> None:
     exits = _share(model, 1.0, 5, exit_scale=4)
     plan = dataclasses.replace(Plan.dense(model.schedule, 3), decisions=(decision,), alternatives=(exits,))
     assert set(_check(model, fast, plan, range(4))) == {plan}  # a share of high frequencies never passes 1
-    assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counters.snapshot())
+    assert not any(key.startswith(("cuda_graph_miss", "fallback")) for key in counters.snapshot()), counters.snapshot()
 
 
 def test_random_order_is_that_of_the_cpu() -> None:
