@@ -152,7 +152,9 @@ def rotate_reference(x: Tensor, factor: Tensor | None, cos: Tensor, sin: Tensor,
     """R(x' factor) in float32 for x (B, H, n, D); without a factor R(x')."""
     x = F.normalize(x.float(), dim=-1, eps=eps)
     x = x if factor is None else x * factor
-    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
+    neighbours = x.view(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+    turned: Tensor = x * cos + neighbours * sin
+    return turned
 
 
 def _fae_rotated(

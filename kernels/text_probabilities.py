@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,7 +72,7 @@ def text_probabilities_reference(x: Tensor, keys: Tensor, bias: Tensor, scale: f
     """The definition of correct, in float32, or float64 if x is."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     scores = torch.baddbmm(bias.to(dtype).unsqueeze(1), x.to(dtype), keys.to(dtype).mT, alpha=scale)
-    p = torch.softmax(scores.unflatten(-1, (heads, -1)), -1).nan_to_num(0.0)  # a head without keys is 0 / 0
+    p = torch.softmax(scores.view(*scores.shape[:2], heads, -1), -1).nan_to_num(0.0)  # a head without keys is 0 / 0
     return p.flatten(-2).to(x.dtype)
 
 
@@ -161,7 +161,7 @@ def _by_pytorch(x: Tensor, keys: Tensor, bias: Tensor, scale: float, heads: int)
 
 def _on_cuda(x: Tensor, keys: Tensor, bias: Tensor, scale: float, heads: int) -> Tensor:
     _check(x, keys, bias, heads)
-    device = torch.cuda.get_device_properties(x.device)
+    device: Any = torch.cuda.get_device_properties(x.device)
     small = device.shared_memory_per_block_optin < 160 << 10
     (batch, n, width), cols = x.shape, keys.shape[1]
     per_head = cols // heads

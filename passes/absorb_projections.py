@@ -16,6 +16,7 @@ Invariant: the value within rounding; K and V are rounded to the dtype of the we
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,19 +74,20 @@ def absorb_projections(gm: GraphModule) -> GraphModule:
     return gm
 
 
-def worth_it(k: Tensor) -> bool:
+def worth_it(k: Any) -> bool:
     """Whether keys (B, H, T, D) are few enough, and of a kind that the operator has a kernel for."""
     few = k.shape[2] <= min(k.shape[3] // 2, MAX_KEYS)
     return few and (not k.is_cuda or k.dtype in (torch.bfloat16, torch.float16))
 
 
-def absorbed(
-    k: Tensor, v: Tensor, mask: Tensor | None, w_q: Tensor, b_q: Tensor, w_out: Tensor, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def absorbed(inputs: Sequence[Tensor | None], scale: float) -> tuple[Tensor, Tensor, Tensor]:
     """K (B, H T', C), bias (B, H T') float32 and V (B, H T', C) of k, v (B, H, T, D), T' being a power of two.
 
-    `mask` broadcasts to (B, 1, 1, T), boolean (True attends) or additive; w_q (H D, C), b_q (H D), w_out (C, H D).
+    The inputs are k, v, mask, w_q (H D, C), b_q (H D) and w_out (C, H D). The mask, if there is one, broadcasts to
+    (B, 1, 1, T), boolean (True attends) or additive.
     """
+    k, v, mask, w_q, b_q, w_out = inputs
+    assert k is not None and v is not None and w_q is not None and b_q is not None and w_out is not None
     heads, length, depth = k.shape[1:]
     room = max(_MIN_KEYS, 1 << (length - 1).bit_length()) - length
     keys = _times(k, w_q.view(heads, depth, -1))
@@ -107,39 +109,37 @@ def _times(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _site(node: Node) -> Site | None:
-    q, k, v, mask, scale, entropy = node.args
-    if entropy or not _is_input(k) or not _is_input(v) or not (mask is None or _is_input(mask)):
-        return None
-    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
-    if mask is not None and not _one_row(mask):
+    operands: tuple[Any, ...] = node.args
+    q, k, v, mask, scale, entropy = operands
+    if entropy or not _is_input(k) or not _is_input(v) or not (mask is None or (_is_input(mask) and _one_row(mask))):
         return None
     into, out = _swap_before(q), _reader(_reader(node, operator.getitem), aten.transpose.int)
     if into is None or out is None or not _swaps(out):
         return None
     first, last = _linear_before(into), _linear_after(out)
-    if first is None or last is None:
-        return None
     y = _reader(last, aten.view.default)
-    x = first.args[1].args[0] if _calls(first.args[1], _VIEWS) else None
-    if y is None or not isinstance(x, Node):
+    if first is None or last is None or y is None:
         return None
-    heads = shape_of(k.meta["val"])[1]
-    batch, tokens, width = (*shape_of(x.meta["val"]), None, None, None)[:3]
-    same = (batch, tokens, width) == (*shape_of(y.meta["val"]),) and batch == shape_of(k.meta["val"])[0]
-    if x.meta["val"].ndim != 3 or not same or not heads.is_Integer:
+    b_q, flat, w_q = first.args
+    x = flat.args[0] if _calls(flat, _VIEWS) else None
+    if not isinstance(x, Node) or x.meta["val"].ndim != 3:
         return None
-    w_q, w_out = first.args[2].args[0], last.args[2].args[0]
-    return Site(node, x, y, last.args[0], (k, v, mask, w_q, first.args[0], w_out), float(scale), int(heads))
+    batch, heads = shape_of(k.meta["val"])[:2]
+    same = shape_of(x.meta["val"]) == shape_of(y.meta["val"]) and shape_of(x.meta["val"])[0] == batch
+    if not same or not heads.is_Integer:
+        return None
+    b_out, _, w_out = last.args
+    return Site(node, x, y, b_out, (k, v, mask, w_q.args[0], b_q, w_out.args[0]), float(scale), int(heads))
 
 
-def _linear_before(node: Node) -> Node | None:
+def _linear_before(node: Any) -> Any:
     """The product with weights of the layer that `node` is a view of, read by nobody else."""
     while _calls(node, _VIEWS) and len(node.users) == 1:
         node = node.args[0]
     return node if _is_linear(node) and len(node.users) == 1 else None
 
 
-def _linear_after(node: Node) -> Node | None:
+def _linear_after(node: Any) -> Any:
     """The product with weights of the layer that alone reads `node`, through views."""
     while len(node.users) == 1:
         (reader,) = node.users
@@ -158,12 +158,12 @@ def _is_linear(node: Any) -> bool:
     return _is_input(bias) and _calls(weight, (aten.t.default,)) and _is_input(weight.args[0])
 
 
-def _swap_before(q: Node) -> Node | None:
+def _swap_before(q: Any) -> Any:
     """What q is with heads and tokens swapped."""
     return q.args[0] if _calls(q, (aten.transpose.int,)) and _swaps(q) and len(q.users) == 1 else None
 
 
-def _swaps(node: Node) -> bool:
+def _swaps(node: Any) -> bool:
     return {d % 4 for d in node.args[1:]} == {1, 2}
 
 

@@ -70,7 +70,8 @@ def _sources(attention: Node) -> tuple[_Rotated, _Rotated] | None:
     values = [n.meta.get("val") if isinstance(n, Node) else None for n in (q.x, k.x, v)]
     if not all(isinstance(t, Tensor) and t.is_cuda and t.dtype in _DTYPES and t.ndim == 4 for t in values):
         return None
-    factor, cos = q.factor.meta.get("val"), q.cos.meta.get("val")
+    factor: Any = q.factor.meta.get("val")
+    cos: Any = q.cos.meta.get("val")
     plain = all(isinstance(t, Tensor) and t.dtype == torch.float32 and t.ndim == 4 for t in (factor, cos))
     return (
         (q, k) if plain and factor.shape[0] == factor.shape[2] == factor.shape[3] == 1 and cos.shape[1] == 1 else None

@@ -268,8 +268,8 @@ def _streams(nodes: Sequence[Node], home: dict[Node, int | None], count: int) ->
             names = ", ".join(n.name for n in crossing) or "nothing"
             raise UnsupportedGraphError(f"layer {i} passes {names} on, not one tensor")
         exits.append(crossing[0])
-    inside = {n for n in nodes if home[n] == 0}
-    outside = dict.fromkeys(a for n in inside for a in n.all_input_nodes if a not in inside and is_tensor(a))
+    first = {n for n in nodes if home[n] == 0}
+    outside = dict.fromkeys(a for n in first for a in n.all_input_nodes if a not in first and is_tensor(a))
     stream = exits[0].meta["val"]
     entries = [
         a for a in outside if shape_of(a.meta["val"]) == shape_of(stream) and a.meta["val"].dtype == stream.dtype

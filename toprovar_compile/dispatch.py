@@ -713,7 +713,7 @@ class StepProgram:
                 return []
             known = state.prologues.get(("absorbed", i, j))
             if known is None or not known.made_from(inputs):
-                outs = [t.contiguous() for t in absorbed(*inputs, scale)]
+                outs = [t.contiguous() for t in absorbed(inputs, scale)]
                 known = _Prologue(inputs, tuple(_version(a) for a in inputs), outs)
                 state.prologues["absorbed", i, j] = known
             found += known.outputs

@@ -96,7 +96,7 @@ def _compile(
         for i, (value, dims) in enumerate(zip(inputs, open_dims, strict=True))
     ]
     try:
-        closed = _symbols.patch(backed_size_oblivious=False)
+        closed: Any = _symbols.patch(backed_size_oblivious=False)  # type: ignore[attr-defined]
         with torch.no_grad(), closed, tracing(TracingContext(mode)), V.set_choices_handler(_choices()):
             call: Any = compile_fx(gm, fakes)
     except Exception as error:

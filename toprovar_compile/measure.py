@@ -6,6 +6,7 @@ it compiles, are counted apart.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import platform
@@ -189,6 +190,7 @@ def forget_compiled() -> None:
 
     torch.compiler.reset()
     dispatch.reset()
+    gc.collect()  # what was compiled refers to itself, and holds the memory of its graphs
 
 
 def closeness(images: Tensor, unpruned: Tensor) -> tuple[Tensor, Tensor]:

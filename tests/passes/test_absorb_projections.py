@@ -57,7 +57,7 @@ def test_a_layer_without_its_projections_is_the_same_function() -> None:
     gm, given = layer(), inputs()
     want = gm(*given)[0]
     ((places, scale),) = inputs_to_absorb(gm)
-    taken_in = absorbed(*(None if i is None else given[i] for i in places), scale)
+    taken_in = absorbed([None if i is None else given[i] for i in places], scale)
     assert all(t.shape[1] == H * 16 for t in taken_in)  # padded to a power of two
     absorb_projections(gm)
     assert not any(n.target in (fae, torch.ops.aten.addmm.default) for n in gm.graph.nodes)
@@ -77,8 +77,8 @@ def test_an_additive_mask_and_none() -> None:
     k, v, w_q, b_q, w_out = (given[name] for name in ("k", "v", "w_q", "b_q", "w_out"))
     added = torch.zeros(boolean.shape).masked_fill(~boolean, -torch.inf)
     for a, b in zip(
-        absorbed(k, v, boolean, w_q, b_q, w_out, 0.2), absorbed(k, v, added, w_q, b_q, w_out, 0.2), strict=True
+        absorbed((k, v, boolean, w_q, b_q, w_out), 0.2), absorbed((k, v, added, w_q, b_q, w_out), 0.2), strict=True
     ):
         assert torch.equal(a, b)
-    _, bias, _ = absorbed(k, v, None, w_q, b_q, w_out, 0.2)
+    _, bias, _ = absorbed((k, v, None, w_q, b_q, w_out), 0.2)
     assert bias.view(B, H, 16)[..., :T].isfinite().all() and (bias.view(B, H, 16)[..., T:] == -torch.inf).all()
