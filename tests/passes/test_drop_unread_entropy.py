@@ -87,7 +87,11 @@ def test_checker_raises_on_a_wrong_flag(reads: tuple[int, ...], entropy: bool) -
 
 def test_the_runner_checks() -> None:
     reports = run_passes(_graph(0), PASSES, PassContext())
-    assert [str(r) for r in reports] == ["drop_unread_entropy: 1 rewritten", "fuse_gelu: 0 rewritten"]
+    assert [str(r) for r in reports] == [
+        "drop_unread_entropy: 1 rewritten",
+        "fuse_gelu: 0 rewritten",
+        "fuse_rotation: 0 rewritten",
+    ]
 
 
 # read_entropy
