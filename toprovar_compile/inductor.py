@@ -6,6 +6,7 @@ them comes back as sympy relations, for the dispatcher to check before each use:
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import inspect
@@ -17,7 +18,7 @@ import time
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -33,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental import _config as _symbols
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._pytree import tree_leaves
 
 from toprovar_compile.errors import MissingCompilerError, OptionError
 
@@ -396,33 +398,61 @@ def _stacks() -> tuple[Any, ...]:
     return torch.is_inference_mode_enabled(), *map(id, functions), None, *map(id, operators)
 
 
-class _OnesStayOpen:
-    """See `ones_stay_open`. Older versions of torch hold the setting for a process: what was before the first of the
-    threads that are inside is restored."""
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def open_lengths(args: Sequence[Any], caches: Sequence[Tensor | None]) -> AbstractContextManager[None]:
+    """For a call with `args`, among them caches (B, H, p, D): where p is 1, Dynamo leaves it open all the same.
 
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, False
+    Code for it is then what serves other lengths as well; where there is none such, the length is fixed by a guard, as
+    ever. No other size of 1 stays open, for whether it broadcasts must be known.
+    """
+    lengths = {id(t) for t in caches if t is not None and t.shape[2] == 1}
+    if not caches or len(lengths) < len(caches):
+        return nullcontext()
+    tensors = [t for t in tree_leaves(list(args)) if isinstance(t, Tensor)]
+    ones: list[tuple[Tensor, list[int]]] = []
+    for t in (*tensors, *(t._base for t in tensors if t._base is not None)):
+        ones.append((t, [d for d, size in enumerate(t.shape) if size == 1 and (d != 2 or id(t) not in lengths)]))
+        if any(not getattr(t, mark, set()).isdisjoint(ones[-1][1]) for mark in _OPEN_MARKS):
+            return nullcontext()
+    return _OpenLengths([t for t in tensors if id(t) in lengths], ones)
+
+
+_OPEN_MARKS = ("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices", "_dynamo_unbacked_indices")
+_ALL_MARKS = (*_OPEN_MARKS, "_dynamo_static_indices", "_has_dynamo_dim_marking")
+
+
+class _OpenLengths:
+    """Marks dimensions for Dynamo; what was before is restored, as guards see marks."""
+
+    _lock, _inside, _before = threading.Lock(), 0, False
+
+    def __init__(self, caches: list[Tensor], ones: list[tuple[Tensor, list[int]]]) -> None:
+        self._caches, self._ones = caches, ones
+        self._marks: list[tuple[Tensor, str, Any]] = []
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
-        with self._lock:
-            if self._inside == 0:
-                self._before = _symbols.backed_size_oblivious
-            self._inside += 1
+        tensors = {id(t): t for t in (*self._caches, *(t for t, _ in self._ones))}
+        self._marks = [(t, mark, copy.copy(vars(t).get(mark))) for t in tensors.values() for mark in _ALL_MARKS]
+        for t, dims in self._ones:
+            torch._dynamo.mark_static(t, dims)
+        for t in self._caches:
+            torch._dynamo.maybe_mark_dynamic(t, 2)
+        with self._lock:  # older versions of torch hold this for a process: the first thread inside knows what it was
+            if _OpenLengths._inside == 0:
+                _OpenLengths._before = _symbols.backed_size_oblivious
+            _OpenLengths._inside += 1
             _symbols.backed_size_oblivious = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *error: object) -> None:
         with self._lock:
-            self._inside -= 1
-            _symbols.backed_size_oblivious = self._before
-
-
-ones_stay_open: AbstractContextManager[None] = _OnesStayOpen()
-"""In its `with` block Dynamo captures a dimension that is marked dynamic as a symbol though its size is 1.
-
-The code is then what serves other sizes as well; where there is none such, the size is fixed by a guard, as ever.
-"""
+            _OpenLengths._inside -= 1
+            _symbols.backed_size_oblivious = _OpenLengths._before
+        for t, mark, value in self._marks:
+            vars(t).pop(mark, None)
+            if value is not None:
+                setattr(t, mark, value)
 
 
 # what the compiler tells about itself

@@ -7,7 +7,7 @@ several models in one process never share state, and everything in it is freed w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame
-from torch.utils._pytree import tree_leaves
 
 from toprovar_compile.errors import ScaleGuardError
-from toprovar_compile.inductor import ones_stay_open
+from toprovar_compile.inductor import open_lengths
 from toprovar_compile.report import counters, logger
 
 if TYPE_CHECKING:
@@ -30,12 +29,6 @@ _NOT_COMPILED = (
     "raise torch._dynamo.config.recompile_limit, for instance to 64"
 )
 
-
-_MARKS = (
-    "_dynamo_dynamic_indices",
-    "_dynamo_weak_dynamic_indices",
-    "_dynamo_unbacked_indices",
-)  # of Dynamo's decorators
 
 IMAGE_SINK = "image"
 """Key in `Session.store` of a callable that is given the images of a generation."""
@@ -97,7 +90,7 @@ class Session:
         """
         if self.replays is not None and (result := self.replays.replay(run, args)) is not None:
             return result
-        with _open_lengths(args, caches):
+        with open_lengths(args, caches):
             result = run(*args)
         if self.replays is not None:
             self.replays.learn(run, args, result)
@@ -154,24 +147,6 @@ class Session:
             if self.ran not in (None, s):
                 counters.add("fallback", _NOT_COMPILED)
                 logger.warning(_NOT_COMPILED)
-
-
-@torch.compiler.disable  # type: ignore[untyped-decorator]
-def _open_lengths(args: Sequence[Any], caches: Sequence[Tensor | None]) -> AbstractContextManager[None]:
-    """Where caches hold one token, have Dynamo leave their length open, and no other size of 1, as it broadcasts."""
-    lengths = {id(t) for t in caches if t is not None and t.shape[2] == 1}
-    if not caches or len(lengths) < len(caches):
-        return nullcontext()
-    tensors = [t for t in tree_leaves(args) if isinstance(t, Tensor)]
-    for t in (*tensors, *(t._base for t in tensors if t._base is not None)):
-        ones = [d for d, size in enumerate(t.shape) if size == 1 and (d != 2 or id(t) not in lengths)]
-        if any(not getattr(t, mark, set()).isdisjoint(ones) for mark in _MARKS):
-            return nullcontext()
-        torch._dynamo.mark_static(t, ones)
-    for t in tensors:
-        if id(t) in lengths:
-            torch._dynamo.maybe_mark_dynamic(t, 2)
-    return ones_stay_open
 
 
 def check_equal_sizes(sizes: Sequence[int]) -> None:

@@ -90,7 +90,7 @@ def test_a_generation_and_the_difference_to_the_next(make_var: Callable[..., VAR
     first = explain(fast, labels, seed=0)
     text = str(first)
     assert first.plan == plan and first.breaks == ()
-    assert [f[0] for f in first.frames].count("step") == 3
+    assert [f[0] for f in first.frames].count("step") == 2
     assert "recompiled step" in text and "size mismatch" in text
     assert "layer 0 is never pruned. Why: the plan was made by keep_share" in text
     assert "1 x scaled_dot_product_attention" not in text and "attention: 2 x scaled_dot_product_attention" in text

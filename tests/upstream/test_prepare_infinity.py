@@ -45,7 +45,7 @@ TINY = InfinityConfig(
 PATCHIFIED = replace(TINY, spatial_patchify=True, vae=BSQVAEConfig(14, 32, (1, 2), 1))
 SCHEDULE = infinity_schedule("1:1", "0.06M")
 OTHER = infinity_schedule("3:4", "0.06M")
-FRAMES = 4  # steps of one token, of the first cache, of all other scales; the decoder
+FRAMES = 3  # steps of one token, of all other scales; the decoder
 
 Make = Callable[..., Any]
 
