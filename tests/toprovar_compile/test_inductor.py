@@ -154,5 +154,5 @@ COMPILED = {
     # From weights, from each of two conditions, and from both: the forms of the step share them.
     "compiled: prologue": 4,
     # One for each captured form of the step.
-    "compiled: epilogue": 3,
+    "compiled: epilogue": 2,
 }

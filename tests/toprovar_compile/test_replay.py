@@ -513,7 +513,7 @@ def test_guards_of_a_compilation() -> None:
         return Guards(code, eval_frame._debug_get_cache_entry_list(code)[0].code).about_model()
 
     assert recompiled(x, [*caches, x]) == guards.about_model(), "the arguments differ alone"
-    steps.weight.requires_grad_(False)
+    steps.weight = nn.Parameter(torch.ones(3, dtype=torch.float64))
     assert not guards.hold(steps.pure, (x, caches))
     assert recompiled(x, caches) != guards.about_model()
 
