@@ -9,10 +9,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.ready
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+JOBS ?= 2
 
 help:
 	@echo "make demo    generate emoji three ways (eager, Inductor, toprovar) and compare; DEMO_ARGS='--count 4'"
-	@echo "make test    run the test suite; PYTEST_ARGS='-k plan'"
+	@echo "make test    run the test suite in two processes; PYTEST_ARGS='-k plan', JOBS=0 for one"
 	@echo "make lint    ruff and mypy"
 	@echo "make bench   measure the table of the README again (about an hour on two CPU cores)"
 	@echo "make clean   remove the environment and what the tools cached"
@@ -21,7 +22,7 @@ demo: $(STAMP)
 	$(BIN)/toprovar demo $(DEMO_ARGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(PYTEST_ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -394,7 +394,7 @@ def test_explain(fast: Any, model: VAR) -> None:
     assert proofs[1:] == [{"tokens proven independent"}]
     names = [line.split(": ")[0].split(" ", 2)[2] for line in steps[1].variants() if line.startswith("layer")]
     assert {"dense", "dense with entropy", "prune, cached", "prune, cached with entropy"} <= set(names)
-    assert [text.split(" &")[0] for text in steps[1].guards()][:3] == ["Eq(n, 4)", "Eq(n, 9)", "Eq(n, 16)"]
+    assert {"Eq(n, 4)", "Eq(n, 9)", "Eq(n, 16)"} <= {text.split(" &")[0] for text in steps[1].guards()}
     text = str(report)
     for part in ("graph 0: step", "3 layers, blocks.0 to blocks.2", "events: none"):
         assert part in text
