@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 import torch
+from torch import nn
 from torch.fx import Graph, GraphModule, Node
+from torch.fx._lazy_graph_module import _LazyGraphModule
 
 
 def placeholders(gm: GraphModule) -> list[Node]:
@@ -34,7 +36,12 @@ def copy_graph(gm: GraphModule) -> GraphModule:
     """A copy of the graph on the same module, to be rewritten without touching `gm`."""
     graph = Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
-    return GraphModule(gm, graph)
+    return graph_module(gm, graph)
+
+
+def graph_module(root: nn.Module, graph: Graph) -> GraphModule:
+    """A module of `graph` with what it reads of `root`. Its Python code is made when it is called, which most never are."""
+    return _LazyGraphModule(root, graph)
 
 
 def cat_operands(node: object) -> tuple[Node, Node] | None:

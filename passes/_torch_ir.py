@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import math
 import operator
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+_PURE = frozenset({"torch", "toprovar_compile"})  # modules whose functions write to nothing, but those named so
 _OWN = frozenset({"", "torch", "_operator", "builtins"})  # modules whose functions go by their plain name
 _INPLACE_OPERATORS = frozenset(
     {operator.setitem, operator.delitem}
@@ -128,6 +130,8 @@ def mutates(node: Node) -> bool:
             return bool(schema.is_mutable)
         if target in _INPLACE_OPERATORS:
             return True
+        if isinstance(target, types.FunctionType) and target.__module__.partition(".")[0] not in _PURE:
+            return True  # `torch.compiler.allow_in_graph` of somebody else's
     name = op_name(node)
     return name.endswith("_") and not name.endswith("__")
 

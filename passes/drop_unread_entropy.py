@@ -18,6 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from toprovar_compile.errors import PassInvariantError
 from toprovar_compile.kernels import fae, fae_cached
 from toprovar_compile.passes._base import PassContext, PassReport
+from toprovar_compile.passes._graph import graph_module
 
 
 def drop_unread_entropy(gm: GraphModule, ctx: PassContext) -> PassReport:
@@ -52,7 +53,7 @@ def read_entropy(gm: GraphModule) -> GraphModule:
     outputs = list(first) if isinstance(first, tuple | list) else [first]
     outputs.insert(1, graph.call_function(operator.getitem, (copies[found[0]], 1)))
     graph.output(tuple(outputs))
-    return GraphModule(gm, graph)
+    return graph_module(gm, graph)
 
 
 def _reads_entropy(node: Node) -> bool:

@@ -40,7 +40,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from toprovar_compile.errors import PassInvariantError
 from toprovar_compile.kernels import fae
 from toprovar_compile.passes._base import PassContext, PassReport
-from toprovar_compile.passes._graph import compact, output_values, placeholders
+from toprovar_compile.passes._graph import compact, graph_module, output_values, placeholders
 from toprovar_compile.passes._symbols import expr_of, shape_of
 from toprovar_compile.passes._torch_ir import mutates, op_name
 from toprovar_compile.passes.split_layers import clean_path, layer_paths, module_path
@@ -365,7 +365,7 @@ def _region(window: _Window) -> GraphModule:
     for n in window.nodes:
         copies[n] = graph.node_copy(n, copies.__getitem__)
     graph.output(tuple(copies[n] for n in window.outputs))
-    return GraphModule(torch.nn.Module(), graph)
+    return graph_module(torch.nn.Module(), graph)
 
 
 def _take_out(gm: GraphModule, window: _Window, key: str, now: dict[Node, Node]) -> None:

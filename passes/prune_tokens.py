@@ -17,7 +17,7 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 
 from toprovar_compile.errors import PassInvariantError
-from toprovar_compile.passes._graph import output_values, placeholders
+from toprovar_compile.passes._graph import graph_module, output_values, placeholders
 from toprovar_compile.passes._symbols import shape_of
 from toprovar_compile.passes.prove_token_axis import TokenProof
 from toprovar_compile.passes.restore_tokens import add_delta
@@ -50,7 +50,7 @@ def prune_tokens(gm: GraphModule, proof: TokenProof, *, cached: bool, resized: b
     rows = _spread(graph, idx, kept, x, inner[0], 1)
     restored = graph.call_function(aten.scatter.src, (base, 1, rows, copies[first]))
     graph.output((restored, *(copies[o] for o in rest)))
-    pruned = GraphModule(gm, graph)
+    pruned = graph_module(gm, graph)
     pruned.graph.lint()
     return pruned
 

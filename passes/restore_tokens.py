@@ -16,7 +16,7 @@ from functools import reduce
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from toprovar_compile.passes._graph import placeholders
+from toprovar_compile.passes._graph import graph_module, placeholders
 
 aten = torch.ops.aten
 _TOUCHED = 4  # tokens of a smaller grid that one of a larger grid can touch
@@ -27,7 +27,7 @@ def restore_tokens(gm: GraphModule) -> GraphModule:
     graph = Graph()
     x = graph.placeholder("x")
     graph.output((add_delta(graph, x, placeholders(gm)[0].meta["val"].dtype, resized=True),))
-    return GraphModule(gm, graph)
+    return graph_module(gm, graph)
 
 
 def add_delta(graph: Graph, x: Node, dtype: torch.dtype, *, resized: bool) -> Node:

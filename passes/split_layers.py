@@ -29,7 +29,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from toprovar_compile.errors import PassInvariantError, UnsupportedGraphError
 from toprovar_compile.kernels import fae
-from toprovar_compile.passes._graph import output_values, placeholders
+from toprovar_compile.passes._graph import graph_module, output_values, placeholders
 from toprovar_compile.passes._symbols import (
     SizeBuilder,
     expr_of,
@@ -376,7 +376,7 @@ def _extract(
     for n in members:
         copies[n] = graph.node_copy(n, copy)
     graph.output(tuple(copies[o] for o in outputs))
-    return Piece(GraphModule(gm, graph), tuple(n.name for n in inputs), tuple(o.name for o in outputs))
+    return Piece(graph_module(gm, graph), tuple(n.name for n in inputs), tuple(o.name for o in outputs))
 
 
 def graph_key(gm: GraphModule) -> str:

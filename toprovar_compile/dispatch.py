@@ -768,8 +768,14 @@ class StepProgram:
 
 
 def _as_cache(buffer: Tensor, rows: int, length: int) -> Tensor:
-    """The first tokens of a buffer (tokens, rows, heads, head size) as a cache (rows, heads, tokens, head size)."""
-    return buffer[:length, :rows].permute(1, 2, 0, 3)
+    """The first tokens of a buffer (tokens, rows, heads, head size) as a cache (rows, heads, tokens, head size).
+
+    PyTorch is not told that it is a view: Dynamo would follow it back to the buffer, which takes as long as ten inputs.
+    """
+    (_, _, heads, width), (token, row, head, one) = buffer.shape, buffer.stride()
+    alias = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
+    storage = buffer.untyped_storage()
+    return alias.set_(storage, buffer.storage_offset(), (rows, heads, length, width), (row, head, token, one))  # type: ignore[call-overload, no-any-return]
 
 
 def _unknown(plan: Plan, action: LayerAction, layer: LayerState) -> str:

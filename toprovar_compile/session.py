@@ -7,7 +7,7 @@ several models in one process never share state, and everything in it is freed w
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 from toprovar_compile.errors import ScaleGuardError
-from toprovar_compile.inductor import open_lengths
+from toprovar_compile.inductor import backend_name, open_lengths, paused_collector
 from toprovar_compile.report import counters, logger
 
 if TYPE_CHECKING:
@@ -90,7 +90,8 @@ class Session:
         """
         if self.replays is not None and (result := self.replays.replay(run, args)) is not None:
             return result
-        with open_lengths(args, caches):
+        compiles = backend_name(self.compiler) == "toprovar"
+        with open_lengths(args, caches), paused_collector if compiles else nullcontext():
             result = run(*args)
         if self.replays is not None:
             self.replays.learn(run, args, result)

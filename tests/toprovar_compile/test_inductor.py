@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._C._dynamo import eval_frame
 from torch._inductor.exc import InvalidCxxCompiler
 from torch._inductor.utils import fresh_cache, run_and_get_code
 from torch.fx import Graph, GraphModule
@@ -15,7 +18,14 @@ from torch.fx import Graph, GraphModule
 from toprovar_compile import dispatch
 from toprovar_compile.dispatch import covers
 from toprovar_compile.errors import MissingCompilerError, OptionError
-from toprovar_compile.inductor import cache_factors, compile_graph, compile_plain, generated_code
+from toprovar_compile.inductor import (
+    backend_name,
+    cache_factors,
+    compile_graph,
+    compile_plain,
+    generated_code,
+    paused_collector,
+)
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
 from toprovar_compile.reference import pruned
@@ -156,3 +166,54 @@ COMPILED = {
     # One for each captured form of the step.
     "compiled: epilogue": 2,
 }
+
+
+# the process around compiling
+
+
+def test_the_collector_is_paused_until_the_last_thread_leaves() -> None:
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with paused_collector:
+            entered.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(ValueError, match="inside"), paused_collector:
+        thread.start()
+        assert entered.wait(60)
+        with paused_collector:
+            assert not gc.isenabled()
+        raise ValueError("inside")
+    assert not gc.isenabled()
+    leave.set()
+    thread.join()
+    assert gc.isenabled()
+
+
+def test_a_collector_that_was_off_stays_off() -> None:
+    gc.disable()
+    try:
+        with paused_collector:
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("backend", ["toprovar", "aot_eager"])
+def test_the_collector_is_paused_for_this_backend(backend: str, make_var: Callable[..., VAR]) -> None:
+    model, seen = make_var(depth=2), set[tuple[str | None, bool]]()
+
+    @torch.compiler.disable(recursive=False)
+    def begin(x: torch.Tensor) -> torch.Tensor:
+        seen.add((backend_name(eval_frame.get_eval_frame_callback()), gc.isenabled()))
+        return x
+
+    step = model.step
+    model.step = lambda x, *rest: step(begin(x), *rest)  # type: ignore[method-assign]
+    options = {"inner": "eager"} if backend == "toprovar" else None
+    torch.compile(model, backend=backend, options=options)(torch.tensor([1]), seed=0)
+    assert seen == {(backend, backend != "toprovar")}
+    assert gc.isenabled()

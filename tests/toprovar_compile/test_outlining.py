@@ -316,6 +316,18 @@ class InPlace(Block):
         return x.mul_(0.5), k, v
 
 
+@torch.compiler.allow_in_graph
+def halved(x: Tensor) -> Tensor:
+    """What Dynamo does not look into may write."""
+    return x.mul_(0.5)
+
+
+class InPlaceUnseen(Block):
+    def forward(self, x: Tensor, old_k: Tensor, old_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, k, v = super().forward(x, old_k, old_v)
+        return halved(x), k, v
+
+
 class ByMemory(Block):
     def forward(self, x: Tensor, old_k: Tensor, old_v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, k, v = super().forward(x, old_k, old_v)
@@ -349,6 +361,7 @@ class ByData(Block):
     [
         (ByData, OutlineSkip.ALONE),  # what Dynamo asserts of such a size has a text of its own
         (InPlace, OutlineSkip.IN_PLACE),
+        (InPlaceUnseen, OutlineSkip.IN_PLACE),
         (ByMemory, OutlineSkip.VALUE),
         (Constant, OutlineSkip.TRACE),
         (OldCache, OutlineSkip.ALIAS),

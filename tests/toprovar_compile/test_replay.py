@@ -291,6 +291,7 @@ def test_a_graph_reads_what_graphs_before_it_left(make_var: Callable[..., VAR]) 
     """The step without guidance serves scales before it as well, in the second image: they are recorded a turn later
     than the last scale, which reads their entropies and deltas. It does so from the second scale on, as that has a
     cache of more than one token."""
+    torch.compiler.reset()  # what other tests captured would serve as well
     model = make_var(patch_nums=(2, 3, 4, 5, 6))
     model.plan = Plan.keep_share(model.schedule, len(model.blocks), 0.5, 3, bucket=2, unguided_from=4)
     fast = compile_steps(model, {"inner": "eager"})

@@ -18,6 +18,11 @@ from toprovar_compile.models.var import FeedForward
 
 Rows = tuple[Tensor, Tensor]
 Text = tuple[Tensor, Tensor, Tensor]
+
+in_graph: Any = torch.compiler.allow_in_graph
+"""Dynamo captures the calls of such a function, and not what it computes of its arguments alone. AOTAutograd traces
+that, so compiled code is the same; but Dynamo has half of the nodes to follow, a hundred times as slow."""
+
 _MAX_LOG_SCALE = math.log(100)  # clamp of the learned attention temperature
 
 
@@ -50,12 +55,8 @@ class SelfAttention(nn.Module):
         (start, end) of each scale in x: a token then sees its own scale and the earlier.
         """
         b, n, c = x.shape
-        qkv_bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        qkv = F.linear(x, self.mat_qkv.weight, qkv_bias).view(b, n, 3, self.num_heads, self.head_dim)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        q = F.normalize(q.float(), dim=-1) * self.scale_mul_1H11.float().clamp_max(_MAX_LOG_SCALE).exp()
-        k = F.normalize(k.float(), dim=-1)
-        q, k = rotate(q, *rows).to(v.dtype), rotate(k, *rows).to(v.dtype)
+        biases = self.q_bias, self.zero_k_bias, self.v_bias
+        q, k, v = _queries_keys_values(x, self.mat_qkv.weight, *biases, self.scale_mul_1H11, *rows)
         if k_cache is not None and v_cache is not None:
             k, v = torch.cat((k_cache, k), dim=2), torch.cat((v_cache, v), dim=2)
         if spans:  # block-causal without a mask: every scale is one plain attention call
@@ -66,6 +67,26 @@ class SelfAttention(nn.Module):
         else:
             out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
         return self.proj(out.transpose(1, 2).reshape(b, n, c)), k, v
+
+
+@in_graph
+def _queries_keys_values(
+    x: Tensor,
+    weight: Tensor,
+    q_bias: Tensor,
+    k_bias: Tensor,
+    v_bias: Tensor,
+    log_scale: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, n, D) of x (B, n, C): the first two normalised and rotated, in one dtype."""
+    heads, head_dim = log_scale.shape[1], cos.shape[-1]
+    qkv = F.linear(x, weight, torch.cat((q_bias, k_bias, v_bias))).view(*x.shape[:2], 3, heads, head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q = F.normalize(q.float(), dim=-1) * log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()
+    k = F.normalize(k.float(), dim=-1)
+    return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -156,15 +177,12 @@ class Block(nn.Module):
         dtype = self.sa.mat_qkv.weight.dtype
         m = self.ada_gss.float() + mod if self.shared_aln else linear32(self.ada_lin, mod).view(-1, 1, 6, x.shape[-1])
         gain1, gain2, scale1, scale2, shift1, shift2 = m.unbind(2)
-        h = _norm(x, self.eps) * (scale1 + 1) + shift1
-        a, k, v = self.sa(h.to(dtype), k_cache, v_cache, rows, spans)
-        x = (x + a * gain1).to(x.dtype)
-        norm = self.ca_norm
-        h = F.layer_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.bias.float(), norm.eps)
+        a, k, v = self.sa(_modulated(x, scale1, shift1, self.eps).to(dtype), k_cache, v_cache, rows, spans)
+        x = _as(x + a * gain1, x.dtype)
+        h = _normalised(x, self.ca_norm.weight, self.ca_norm.bias, self.ca_norm.eps)
         a = self.ca(h.to(dtype), text)
-        x = (x + (a if self.ca_gamma is None else a * self.ca_gamma.float())).to(x.dtype)
-        h = _norm(x, self.eps) * (scale2 + 1) + shift2
-        x = (x + self.ffn(h.to(dtype)) * gain2).to(x.dtype)
+        x = _as(x + (a if self.ca_gamma is None else a * self.ca_gamma.float()), x.dtype)
+        x = _as(x + self.ffn(_modulated(x, scale2, shift2, self.eps).to(dtype)) * gain2, x.dtype)
         return x if mix is None else mix_halves(x, *mix), k, v
 
 
@@ -177,6 +195,23 @@ def mix_halves(x: Tensor, matrix: Tensor, drop: bool) -> Tensor:
 
 def _norm(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
+
+
+@in_graph
+def _modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
+    """AdaLN, float32."""
+    return _norm(x, eps) * (scale + 1) + shift
+
+
+@in_graph
+def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Layer norm of x (B, n, C), float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, which is nothing to be captured where x has that dtype."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def linear32(layers: nn.Module, x: Tensor) -> Tensor:

@@ -267,6 +267,7 @@ def step_frames(captured: list[torch.fx.GraphModule]) -> int:
 
 def test_number_of_frames() -> None:
     torch.compiler.reset()
+    compile_counters["graph_break"].clear()  # of other tests
     captured: list[torch.fx.GraphModule] = []
 
     def backend(gm: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
