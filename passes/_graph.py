@@ -40,7 +40,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
 
 
 def graph_module(root: nn.Module, graph: Graph) -> GraphModule:
-    """A module of `graph` with what it reads of `root`. Its Python code is made when it is called, which most never are."""
+    """A module of `graph` with what it reads of `root`; its Python code is made when it is called, if ever."""
     return _LazyGraphModule(root, graph)
 
 

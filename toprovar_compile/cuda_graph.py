@@ -144,6 +144,8 @@ class Lane:
     _groups: dict[Hashable, set[Hashable]] = field(default_factory=dict)
     _owned: set[int] = field(default_factory=set)
     _lent: dict[int, Tensor] = field(default_factory=dict)  # outputs by id, of graphs that are not freed
+    # Outputs by the id of what ran in this generation instead, which is held so that no other tensor is given the id.
+    _replaced: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _generator: torch.Generator | None = None
     _pools: dict[Hashable, Any] = field(default_factory=dict)
 
@@ -180,6 +182,7 @@ class Lane:
         self._held.clear()
         self._read.clear()
         self._checked.clear()
+        self._replaced.clear()
 
     def run(self, scale: Scale, args: Sequence[Any]) -> list[Any]:
         """`scale.run(args)`, captured or replayed where that is possible."""
@@ -242,9 +245,22 @@ class Lane:
         args: Sequence[Tensor],
         fixed: Sequence[Tensor],
         generator: torch.Generator | None,
+        results: Sequence[Tensor],
     ) -> None:
-        """`call` would have run this as it is: the next one may become a graph."""
-        self._seen.add(_key(_call(key, run, args, fixed, generator), [*args, *fixed]))
+        """`call` would have run this, with these results, had the lane been known: the next one may become a graph.
+
+        The second time it becomes one here, so that steps are recorded to read its outputs where later ones will be.
+        """
+        scale, values = _call(key, run, args, fixed, generator), [*args, *fixed]
+        seen = _key(scale, values)
+        graph = (*seen, scale.behind())
+        if seen in self._seen and graph not in self._graphs and generator is None and self.recordable(values[0]):
+            self._groups.setdefault(scale.group, set())
+            known = self._capture(graph, scale, values)
+            for made, place in zip(results, known.outputs if known is not None else (), strict=False):
+                if _form(made) == _form(place):  # else it was made under autocast, which is off in here
+                    self._replaced[id(made)] = made, place
+        self._seen.add(seen)
 
     def _capture(self, key: Hashable, scale: Scale, args: Sequence[Any]) -> Captured | None:
         """A graph of the scale, launched once; None, and everything as it was, where the device refuses."""
@@ -356,6 +372,8 @@ class Lane:
                 # What a graph of this lane has written is read there. Programs that are first given the same tensor
                 # share a place, and it is copied once for all of them.
                 place = self._lent.get(id(a))
+                if place is None and id(a) in self._replaced:
+                    place = self._replaced[id(a)][1]
                 if place is None:
                     place = self._held.get(id(a))
                     if place is not None and not _unchanged(a, self._sources.get(id(place))):
@@ -437,6 +455,10 @@ def _call(
 def _place(value: Any) -> Any:
     """Where a tensor is in memory; any other value itself."""
     return (value.data_ptr(), value.shape, value.stride()) if isinstance(value, Tensor) else value
+
+
+def _form(value: Tensor) -> tuple[Any, ...]:
+    return value.shape, value.stride(), value.dtype, value.device
 
 
 def _pointers(values: Sequence[Any]) -> tuple[int, ...]:

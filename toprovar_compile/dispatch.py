@@ -775,7 +775,7 @@ def _as_cache(buffer: Tensor, rows: int, length: int) -> Tensor:
     (_, _, heads, width), (token, row, head, one) = buffer.shape, buffer.stride()
     alias = torch.empty(0, dtype=buffer.dtype, device=buffer.device)
     storage = buffer.untyped_storage()
-    return alias.set_(storage, buffer.storage_offset(), (rows, heads, length, width), (row, head, token, one))  # type: ignore[call-overload, no-any-return]
+    return alias.set_(storage, buffer.storage_offset(), (rows, heads, length, width), (row, head, token, one))
 
 
 def _unknown(plan: Plan, action: LayerAction, layer: LayerState) -> str:

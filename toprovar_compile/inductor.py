@@ -28,6 +28,7 @@ import torch
 from functorch.compile import aot_module_simplified
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+from torch._dynamo.decorators import skip
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.source import ConstantSource
 from torch._guards import CompileContext, CompileId, TracingContext, tracing
@@ -269,6 +270,14 @@ class _PausedCollector:
 
 
 paused_collector = _PausedCollector()  # one for all: the collector is the process's
+
+
+def not_captured(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, in which Dynamo captures nothing but what it calls.
+
+    As torch.compiler.disable(recursive=False), under which Dynamo looks at the function each time it is called.
+    """
+    return skip(function)
 
 
 def backend_name(callback: Any) -> str | None:

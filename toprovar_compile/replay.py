@@ -93,12 +93,14 @@ class StepReplays:
             captured is None
             or not known.is_like(*values)
             or not known.reads_caches(values, captured)
-            or not self._holds(known.program, run, args)
+            or not self._stands(known.program, run)
             or not state.lane.recordable(values[0])
         ):
             return None
         outputs = state.lane.replay(known.launch, captured, known.moving, values)
-        if outputs is None:
+        # Dynamo's guards are asked while the device works. Where they do not hold, running the scale writes all of what
+        # the graph wrote, and nobody has seen that.
+        if outputs is None or not self._guarded(known.program, args):
             return None
         known.program.step.begin(plan, state)
         state.restore(captured.state)
@@ -112,26 +114,31 @@ class StepReplays:
         first.step.bind(first.fixed, len(first.step.layers))
         return True
 
-    def _holds(self, program: _Program, run: Callable[..., Any], args: Sequence[Any]) -> bool:
-        """Whether Dynamo's guards on model and modes held in this generation, and nothing has changed since."""
+    def _stands(self, program: _Program, run: Callable[..., Any]) -> bool:
+        """Whether this program is what runs `run` in these modes, on weights that are where they were."""
         checked = self._checked.get(program.step)
         if checked is not None:
             return checked.program is program and program.run == run and checked.still()
         others = [c.program for c in self._checked.values()]
         state, weights = self._state, program.weights
         assert state.session is not None
-        if (
-            program.run != run
-            or state.session.compiler is None
-            or program.compiler() is not state.session.compiler
-            or not program.same_modes()
-            or not weights.in_modules()
-            or not (any(other.weights is weights for other in others) or weights.in_place())
-            or state.rewritten(program.hoisted)
-            or not (any(program.guarded_like(other) for other in others) or program.guards.hold(program.run, args))
-        ):
-            return False
-        self._checked[program.step] = _Checked.now(program)
+        return (
+            program.run == run
+            and state.session.compiler is not None
+            and program.compiler() is state.session.compiler
+            and program.same_modes()
+            and weights.in_modules()
+            and (any(other.weights is weights for other in others) or weights.in_place())
+            and not state.rewritten(program.hoisted)
+        )
+
+    def _guarded(self, program: _Program, args: Sequence[Any]) -> bool:
+        """Whether Dynamo's guards on the model hold, or held earlier in this generation."""
+        if program.step not in self._checked:
+            others = [c.program for c in self._checked.values()]
+            if not (any(program.guarded_like(other) for other in others) or program.guards.hold(program.run, args)):
+                return False
+            self._checked[program.step] = _Checked.now(program)
         return True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame
 
 from toprovar_compile.errors import ScaleGuardError
-from toprovar_compile.inductor import backend_name, open_lengths, paused_collector
+from toprovar_compile.inductor import backend_name, not_captured, open_lengths, paused_collector
 from toprovar_compile.report import counters, logger
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ class Session:
     nobody reads the caches after the last scale that runs, which then need not be kept.
     `store` belongs to whoever executes the steps (KV buffers, entropy maps, layer deltas); `on_close` is called when
     the generation ends, however it ends, and `store` is then emptied. `graphs` is how they launch a part of the
-    generation as a CUDA graph, and `replays` how they run a scale that was one before; `early` are the arguments of
-    `launch` before the first step. `compiler` is what Dynamo compiles the steps by, and None in eager mode.
+    generation as a CUDA graph, and `replays` how they run a scale that was one before; `early` are arguments and
+    results of `launch` before the first step. `compiler` is what Dynamo compiles the steps by, and None in eager mode.
     """
 
     schedule: ScaleSchedule
@@ -78,7 +78,7 @@ class Session:
     replays: Replays | None = None
     early: list[tuple[Any, ...]] = field(default_factory=list)
 
-    @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
+    @not_captured
     def step(self, run: Callable[..., Any], *args: Any, caches: Sequence[Tensor | None] = ()) -> Any:
         """`run(*args)`: one scale through all layers, in a method of the model that is compiled when it is called.
 
@@ -122,9 +122,10 @@ class Session:
         """
         if self.graphs is not None:
             return self.graphs(key, run, args, fixed, generator)
+        results = run(*args) if generator is None else run(*args, generator)
         if self.compiler is not None and self.ran is None:
-            self.early.append((key, run, args, fixed, generator))
-        return run(*args) if generator is None else run(*args, generator)
+            self.early.append((key, run, args, fixed, generator, results))
+        return results
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def finished(self, images: Tensor) -> Tensor:

@@ -100,6 +100,36 @@ def test_what_a_graph_lends_is_read_where_it_is(recorded: list[Recording]) -> No
             assert lane.run(scale(weight), [x, weight])[0] == 42
 
 
+def doubled(a: Tensor) -> list[Tensor]:
+    return [a * 2]
+
+
+def test_what_ran_before_its_lane_was_known_becomes_a_graph_that_steps_read(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+    for i in range(2):
+        lane.begin()
+        x = torch.tensor(2.0 * i)
+        lane.ran("double", doubled, [torch.tensor(float(i))], [], None, [x])
+        assert lane.run(scale(weight), [x, weight])[0] == 6 * i
+    assert len(recorded) == 2
+    for i in range(2, 4):
+        lane.begin()
+        (y,) = lane.call("double", doubled, [torch.tensor(float(i))], [], None)
+        assert lane.run(scale(weight), [y, weight])[0] == 6 * i
+        assert [*lane._inputs.values()][-1] is y
+    assert [r.replays for r in recorded] == [2, 2]
+
+
+def test_what_ran_in_another_precision_is_not_read_from_its_graph(recorded: list[Recording]) -> None:
+    lane, weight = Lane(), torch.tensor(3.0)
+    for i in range(3):
+        lane.begin()
+        x = torch.tensor(2.0 * i, dtype=torch.float64)
+        lane.ran("double", doubled, [torch.tensor(float(i))], [], None, [x])
+        assert lane.run(scale(weight), [x, weight])[0] == 6 * i
+    assert [*lane._inputs.values()][-1].dtype == torch.float64
+
+
 def test_a_weight_changed_in_place_is_followed(recorded: list[Recording]) -> None:
     lane, weight = Lane(), torch.tensor(3.0)
     for _ in range(2):

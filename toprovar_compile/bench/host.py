@@ -14,7 +14,6 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor
 
 from toprovar_compile.cuda_graph import Lane, Scale
 from toprovar_compile.models.bsq import BSQVAEConfig
@@ -63,9 +62,9 @@ def measure(depth: int, images: int = 9) -> dict[str, list[float]]:
     original: Any = Session.step
 
     @torch.compiler.disable(recursive=False)  # type: ignore[untyped-decorator, no-untyped-call]
-    def timed(session: Session, run: Any, *args: Tensor) -> Any:
+    def timed(session: Session, run: Any, *args: Any, **how: Any) -> Any:
         start = time.perf_counter()
-        result = original(session, run, *args)
+        result = original(session, run, *args, **how)
         seconds.append(time.perf_counter() - start)
         return result
 

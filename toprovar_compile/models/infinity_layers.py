@@ -55,8 +55,8 @@ class SelfAttention(nn.Module):
         (start, end) of each scale in x: a token then sees its own scale and the earlier.
         """
         b, n, c = x.shape
-        biases = self.q_bias, self.zero_k_bias, self.v_bias
-        q, k, v = _queries_keys_values(x, self.mat_qkv.weight, *biases, self.scale_mul_1H11, *rows)
+        qkv_bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
+        q, k, v = _queries_keys_values(x, self.mat_qkv.weight, qkv_bias, self.scale_mul_1H11, *rows)
         if k_cache is not None and v_cache is not None:
             k, v = torch.cat((k_cache, k), dim=2), torch.cat((v_cache, v), dim=2)
         if spans:  # block-causal without a mask: every scale is one plain attention call
@@ -69,20 +69,13 @@ class SelfAttention(nn.Module):
         return self.proj(out.transpose(1, 2).reshape(b, n, c)), k, v
 
 
-@in_graph
+@in_graph  # type: ignore[untyped-decorator]
 def _queries_keys_values(
-    x: Tensor,
-    weight: Tensor,
-    q_bias: Tensor,
-    k_bias: Tensor,
-    v_bias: Tensor,
-    log_scale: Tensor,
-    cos: Tensor,
-    sin: Tensor,
+    x: Tensor, weight: Tensor, bias: Tensor, log_scale: Tensor, cos: Tensor, sin: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values (B, H, n, D) of x (B, n, C): the first two normalised and rotated, in one dtype."""
     heads, head_dim = log_scale.shape[1], cos.shape[-1]
-    qkv = F.linear(x, weight, torch.cat((q_bias, k_bias, v_bias))).view(*x.shape[:2], 3, heads, head_dim)
+    qkv = F.linear(x, weight, bias).view(*x.shape[:2], 3, heads, head_dim)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     q = F.normalize(q.float(), dim=-1) * log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()
     k = F.normalize(k.float(), dim=-1)
@@ -197,13 +190,13 @@ def _norm(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
 
 
-@in_graph
+@in_graph  # type: ignore[untyped-decorator]
 def _modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
     """AdaLN, float32."""
     return _norm(x, eps) * (scale + 1) + shift
 
 
-@in_graph
+@in_graph  # type: ignore[untyped-decorator]
 def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """Layer norm of x (B, n, C), float32."""
     return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
