@@ -13,15 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from toprovar_compile.models.in_graph import in_graph
 from toprovar_compile.models.infinity_config import InfinityConfig
 from toprovar_compile.models.var import FeedForward
 
 Rows = tuple[Tensor, Tensor]
 Text = tuple[Tensor, Tensor, Tensor]
-
-in_graph: Any = torch.compiler.allow_in_graph
-"""Dynamo captures the calls of such a function, and not what it computes of its arguments alone. AOTAutograd traces
-that, so compiled code is the same; but Dynamo has half of the nodes to follow, a hundred times as slow."""
 
 _MAX_LOG_SCALE = math.log(100)  # clamp of the learned attention temperature
 
@@ -34,7 +31,6 @@ class SelfAttention(nn.Module):
     def __init__(self, cfg: InfinityConfig) -> None:
         super().__init__()
         c = cfg.embed_dim
-        self.num_heads, self.head_dim = cfg.num_heads, c // cfg.num_heads
         self.scale_mul_1H11 = nn.Parameter(torch.full((1, cfg.num_heads, 1, 1), math.log(4.0)))
         self.mat_qkv = nn.Linear(c, 3 * c, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(c)), nn.Parameter(torch.zeros(c))
@@ -43,43 +39,30 @@ class SelfAttention(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
         k_cache: Tensor | None,
         v_cache: Tensor | None,
-        rows: Rows,
         spans: Sequence[tuple[int, int]] = (),
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attend x (B, n, C) to the cache (B, H, p, D) and itself: (out (B, n, C), keys, values (B, H, p + n, D)).
+        """What q (B, H, n, D) reads of the cache (B, H, p, D) and of k and v: (out, keys, values (B, H, p + n, D)).
 
-        `rows` are the cosines and sines (B or 1, 1, n, D) of the tokens' positions. `spans`, for training, lists
-        (start, end) of each scale in x: a token then sees its own scale and the earlier.
+        `spans`, for training, lists (start, end) of each scale in q: a token then sees its own scale and the earlier.
         """
-        b, n, c = x.shape
-        qkv_bias = torch.cat((self.q_bias, self.zero_k_bias, self.v_bias))
-        q, k, v = _queries_keys_values(x, self.mat_qkv.weight, qkv_bias, self.scale_mul_1H11, *rows)
-        if k_cache is not None and v_cache is not None:
-            k, v = torch.cat((k_cache, k), dim=2), torch.cat((v_cache, v), dim=2)
+        k, v = _grown(k_cache, k), _grown(v_cache, v)
         if spans:  # block-causal without a mask: every scale is one plain attention call
             parts = [
                 F.scaled_dot_product_attention(q[:, :, a:b], k[:, :, :b], v[:, :, :b], scale=1.0) for a, b in spans
             ]
-            out = torch.cat(parts, dim=2)
-        else:
-            out = F.scaled_dot_product_attention(q, k, v, scale=1.0)
-        return self.proj(out.transpose(1, 2).reshape(b, n, c)), k, v
+            return torch.cat(parts, dim=2), k, v
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0), k, v
 
 
-@in_graph  # type: ignore[untyped-decorator]
-def _queries_keys_values(
-    x: Tensor, weight: Tensor, bias: Tensor, log_scale: Tensor, cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values (B, H, n, D) of x (B, n, C): the first two normalised and rotated, in one dtype."""
-    heads, head_dim = log_scale.shape[1], cos.shape[-1]
-    qkv = F.linear(x, weight, bias).view(*x.shape[:2], 3, heads, head_dim)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    q = F.normalize(q.float(), dim=-1) * log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()
-    k = F.normalize(k.float(), dim=-1)
-    return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+@in_graph
+def _grown(cache: Tensor | None, new: Tensor) -> Tensor:
+    """Keys or values (B, H, p + n, D) of all scales so far."""
+    return new if cache is None else torch.cat((cache, new), dim=2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -114,22 +97,17 @@ class CrossAttention(nn.Module):
         k, v = kv.view(*text.shape[:2], 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         return k.contiguous(), v.contiguous()
 
-    def forward(self, x: Tensor, text: Text) -> Tensor:
-        """x (B, n, C) attends to keys and values (B, H, T, D) where the mask, bool (B, 1, 1, T), is true."""
-        q = self.mat_q(x).view(*x.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
-        return self._attend(q, text)
+    def forward(self, q: Tensor, text: Text) -> Tensor:
+        """What q (B, H, n, D) reads of keys and values (B, H, T, D) where the mask, bool (B, 1, 1, T), is true."""
+        k, v, mask = text
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     def pooled(self, text: Tensor, mask: Tensor) -> Tensor:
         """One vector (B, C) of text (B, T, Ct)."""
         k, v = self.keys_values(text)
         q = self.mat_q.to(k.dtype).unsqueeze(2).expand(k.shape[0], -1, -1, -1)
-        return self._attend(q, (k, v, mask)).squeeze(1)
-
-    def _attend(self, q: Tensor, text: Text) -> Tensor:
-        k, v, mask = text
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
-        return projected
+        pooled: Tensor = self.proj(self(q, (k, v, mask)).transpose(1, 2).flatten(2))
+        return pooled.squeeze(1)
 
 
 class Block(nn.Module):
@@ -167,16 +145,94 @@ class Block(nn.Module):
         arguments of `mix_halves`, for a layer that CFG is applied at. Returns the tokens (B, n, C) and the keys and
         values (B, H, p + n, D).
         """
-        dtype = self.sa.mat_qkv.weight.dtype
-        m = self.ada_gss.float() + mod if self.shared_aln else linear32(self.ada_lin, mod).view(-1, 1, 6, x.shape[-1])
-        gain1, gain2, scale1, scale2, shift1, shift2 = m.unbind(2)
-        a, k, v = self.sa(_modulated(x, scale1, shift1, self.eps).to(dtype), k_cache, v_cache, rows, spans)
-        x = _as(x + a * gain1, x.dtype)
-        h = _normalised(x, self.ca_norm.weight, self.ca_norm.bias, self.ca_norm.eps)
-        a = self.ca(h.to(dtype), text)
-        x = _as(x + (a if self.ca_gamma is None else a * self.ca_gamma.float()), x.dtype)
-        x = _as(x + self.ffn(_modulated(x, scale2, shift2, self.eps).to(dtype)) * gain2, x.dtype)
+        sa, ca, norm, ffn = self.sa, self.ca, self.ca_norm, self.ffn
+        if self.shared_aln:
+            m = _modulation(self.ada_gss, mod)
+        else:
+            m = linear32(self.ada_lin, mod).view(-1, 1, 6, x.shape[-1])
+        biases = sa.q_bias, sa.zero_k_bias, sa.v_bias
+        q, k, v = _before_self_attention(x, m, self.eps, sa.mat_qkv.weight, *biases, sa.scale_mul_1H11, *rows)
+        out, k, v = sa(q, k, v, k_cache, v_cache, spans)
+        between = sa.proj.weight, sa.proj.bias, norm.weight, norm.bias, ca.mat_q.weight, ca.mat_q.bias
+        x, q = _between_attentions(x, out, m, norm.eps, *between)
+        after = ca.proj.weight, ca.proj.bias, ffn.fc1.weight, ffn.fc1.bias, ffn.fc2.weight, ffn.fc2.bias
+        x = _after_cross_attention(x, ca(q, text), m, self.eps, self.ca_gamma, *after)
         return x if mix is None else mix_halves(x, *mix), k, v
+
+
+@in_graph
+def _modulation(own: Tensor, shared: Tensor) -> Tensor:
+    """(B, 1, 6, C): gains, scales and shifts of a layer, float32."""
+    return own.float() + shared
+
+
+@in_graph
+def _before_self_attention(
+    x: Tensor,
+    m: Tensor,
+    eps: float,
+    weight: Tensor,
+    q_bias: Tensor,
+    k_bias: Tensor,
+    v_bias: Tensor,
+    log_scale: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (B, H, n, D) of x (B, n, C): the first two normalised and rotated, in one dtype."""
+    _, _, scale, _, shift, _ = m.unbind(2)
+    h = (_norm(x, eps) * (scale + 1) + shift).to(weight.dtype)
+    heads, head_dim = log_scale.shape[1], cos.shape[-1]
+    qkv = F.linear(h, weight, torch.cat((q_bias, k_bias, v_bias))).view(*x.shape[:2], 3, heads, head_dim)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+    q = F.normalize(q.float(), dim=-1) * log_scale.float().clamp_max(_MAX_LOG_SCALE).exp()
+    k = F.normalize(k.float(), dim=-1)
+    return rotate(q, cos, sin).to(v.dtype), rotate(k, cos, sin).to(v.dtype), v
+
+
+@in_graph
+def _between_attentions(
+    x: Tensor,
+    out: Tensor,
+    m: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    q_weight: Tensor,
+    q_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The stream x (B, n, C) with what self-attention read, out (B, H, n, D); and the queries of cross-attention."""
+    gain = m.unbind(2)[0]
+    a = F.linear(out.transpose(1, 2).reshape(x.shape), weight, bias)
+    x = (x + a * gain).to(x.dtype)
+    h = F.layer_norm(x.float(), x.shape[-1:], norm_weight.float(), norm_bias.float(), eps)
+    q = F.linear(h.to(q_weight.dtype), q_weight, q_bias)
+    return x, q.view(*x.shape[:2], out.shape[1], -1).transpose(1, 2)
+
+
+@in_graph
+def _after_cross_attention(
+    x: Tensor,
+    out: Tensor,
+    m: Tensor,
+    eps: float,
+    ca_gain: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+) -> Tensor:
+    """The stream x (B, n, C) with what cross-attention read, out (B, H, n, D), and what feed-forward makes of it."""
+    _, gain, _, scale, _, shift = m.unbind(2)
+    a = F.linear(out.transpose(1, 2).flatten(2), weight, bias)
+    x = (x + (a if ca_gain is None else a * ca_gain.float())).to(x.dtype)
+    h = (_norm(x, eps) * (scale + 1) + shift).to(weight1.dtype)
+    h = F.linear(F.gelu(F.linear(h, weight1, bias1), approximate="tanh"), weight2, bias2)
+    return (x + h * gain).to(x.dtype)
 
 
 def mix_halves(x: Tensor, matrix: Tensor, drop: bool) -> Tensor:
@@ -188,23 +244,6 @@ def mix_halves(x: Tensor, matrix: Tensor, drop: bool) -> Tensor:
 
 def _norm(x: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x.float(), x.shape[-1:], eps=eps)
-
-
-@in_graph  # type: ignore[untyped-decorator]
-def _modulated(x: Tensor, scale: Tensor, shift: Tensor, eps: float) -> Tensor:
-    """AdaLN, float32."""
-    return _norm(x, eps) * (scale + 1) + shift
-
-
-@in_graph  # type: ignore[untyped-decorator]
-def _normalised(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm of x (B, n, C), float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], weight.float(), bias.float(), eps)
-
-
-def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x.to(dtype)`, which is nothing to be captured where x has that dtype."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def linear32(layers: nn.Module, x: Tensor) -> Tensor:
