@@ -218,8 +218,12 @@ class Lane:
         `moving` are those of the graph, with their positions in `values`. None, and nothing was done, where the graph
         was freed or the condition changed between scales.
         """
-        if self._graphs.get(key) is not known or (known.reused and not self._settled(moving, values)):
+        if self._graphs.get(key) is not known:
             return None
+        if known.reused:  # what is settled is in place
+            if not self._settled(moving, values):
+                return None
+            moving = [m for m in moving if m.condition is None]
         self._groups[known.group] = self._groups.pop(known.group)  # the latest is last
         self._refill(moving, values)
         self._replay(known.graph, None)
@@ -415,11 +419,15 @@ class Lane:
 
     def _settled(self, moving: Sequence[Moving], args: Sequence[Any]) -> bool:
         """Whether the condition is in place, and its program was given it before."""
-        return all(
-            _unchanged(args[i], self._sources.get(at)) and self._read.get(condition) == self._copies[at]
-            for i, _, at, condition in moving
-            if condition is not None
-        )
+        sources, read, copies = self._sources, self._read, self._copies
+        for i, _, at, condition in moving:
+            if condition is None:
+                continue
+            a, source = args[i], sources.get(at)
+            same = source is not None and a is source[0] and source[1] >= 0 and a._version == source[1]
+            if not (same or _unchanged(a, source)) or read.get(condition) != copies[at]:
+                return False
+        return True
 
     def _hand_out(self, known: Captured) -> list[Any]:
         """The outputs, copied where the next replay would overwrite them under the caller."""

@@ -121,6 +121,7 @@ def official_model(
         _hook(official.model, "get_logits", after=lambda _: mark(SAMPLING))
         _hook(official.vae, "decode", before=lambda: mark(VAE), after=lambda _: mark(REST))
         name = "sample_with_top_k_top_p_also_inplace_modifying_logits_"
+        unhooked = getattr(official.sampler, name)
         _hook(official.sampler, name, after=lambda bits: running.drawn.append(bits.view(1, -1, cfg.bits)))
 
         def generate(seed: int, forced: Sequence[Tensor] | None = None) -> Tensor:
@@ -135,7 +136,10 @@ def official_model(
                 official.compile_blocks()
             return generate
 
-        yield running
+        try:
+            yield running
+        finally:
+            setattr(official.sampler, name, unhooked)  # the module lives on, and would hold the model
 
 
 def as_forced(drawn: Sequence[Tensor], schedule: ScaleSchedule, *, spatial_patchify: bool) -> list[Tensor]:
