@@ -96,8 +96,9 @@ def absorbed(inputs: Sequence[Tensor | None], scale: float) -> tuple[Tensor, Ten
     if mask is not None:
         mask = mask.squeeze(2)
         bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask.float()
-    pad = (0, 0, 0, room)
-    keys, values, bias = F.pad(keys, pad), F.pad(values, pad), F.pad(bias, (0, room), value=-torch.inf)
+    if room:
+        pad = (0, 0, 0, room)
+        keys, values, bias = F.pad(keys, pad), F.pad(values, pad), F.pad(bias, (0, room), value=-torch.inf)
     return keys.flatten(1, 2), bias.flatten(1), values.flatten(1, 2)
 
 
