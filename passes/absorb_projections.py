@@ -33,6 +33,7 @@ from toprovar_compile.passes._symbols import shape_of
 
 aten = torch.ops.aten
 _VIEWS = (aten.view.default, aten._unsafe_view.default, aten.reshape.default, aten.clone.default)
+_FEW_ROWS = 4  # rows that are multiplied one by one: the weights are near then, and nothing is copied
 _MIN_KEYS = 16  # keys of a head are padded to a power of two of at least this
 
 
@@ -92,10 +93,10 @@ def absorbed(inputs: Sequence[Tensor | None], scale: float) -> tuple[Tensor, Ten
     room = max(_MIN_KEYS, 1 << (length - 1).bit_length()) - length
     keys = _times(k, w_q.view(heads, depth, -1))
     values = _times(v, w_out.view(-1, heads, depth).permute(1, 2, 0))
-    bias = scale * (k.float() * b_q.float().view(heads, 1, depth)).sum(-1)  # (B, H, T)
+    bias = (k * (scale * b_q.float()).view(heads, 1, depth)).sum(-1)  # (B, H, T), float32
     if mask is not None:
         mask = mask.squeeze(2)
-        bias = bias.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else bias + mask.float()
+        bias = torch.where(mask, bias, -torch.inf) if mask.dtype == torch.bool else bias + mask.float()
     if room:
         pad = (0, 0, 0, room)
         keys, values, bias = F.pad(keys, pad), F.pad(values, pad), F.pad(bias, (0, room), value=-torch.inf)
@@ -105,6 +106,11 @@ def absorbed(inputs: Sequence[Tensor | None], scale: float) -> tuple[Tensor, Ten
 def _times(x: Tensor, weight: Tensor) -> Tensor:
     """x (B, H, T, D) times the weight (H, D, C) of its head: (B, H, T, C)."""
     b, heads, length, depth = x.shape
+    if b <= _FEW_ROWS:
+        out = x.new_empty((b, heads, length, weight.shape[-1]))
+        for row, made in zip(x, out, strict=True):
+            torch.bmm(row, weight, out=made)
+        return out
     flat = x.transpose(0, 1).reshape(heads, b * length, depth)
     return torch.bmm(flat, weight).view(heads, b, length, -1).transpose(0, 1)
 

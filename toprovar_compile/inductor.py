@@ -28,6 +28,7 @@ import torch
 from functorch.compile import aot_module_simplified
 from torch import Tensor
 from torch._C._dynamo import eval_frame
+from torch._dynamo.convert_frame import compile_lock
 from torch._dynamo.decorators import skip
 from torch._dynamo.guards import DeletedGuardManagerWrapper
 from torch._dynamo.source import ConstantSource
@@ -484,11 +485,13 @@ class _OpenLengths:
     def __enter__(self) -> None:
         tensors = {id(t): t for t in (*self._caches, *(t for t, _ in self._ones))}
         self._marks = [(t, mark, copy.copy(vars(t).get(mark))) for t in tensors.values() for mark in _ALL_MARKS]
-        for t, dims in self._ones:
-            torch._dynamo.mark_static(t, dims)
-        for t in self._caches:
-            torch._dynamo.maybe_mark_dynamic(t, 2)
-        with self._lock:  # older versions of torch hold this for a process: the first thread inside knows what it was
+        # While another thread compiles, marks are taken to be for what it compiles. Older versions of torch hold the
+        # other setting for a process: the first thread inside knows what it was.
+        with compile_lock, self._lock:
+            for t, dims in self._ones:
+                torch._dynamo.mark_static(t, dims)
+            for t in self._caches:
+                torch._dynamo.maybe_mark_dynamic(t, 2)
             if _OpenLengths._inside == 0:
                 _OpenLengths._before = _symbols.backed_size_oblivious
             _OpenLengths._inside += 1

@@ -82,3 +82,14 @@ def test_an_additive_mask_and_none() -> None:
         assert torch.equal(a, b)
     _, bias, _ = absorbed((k, v, None, w_q, b_q, w_out), 0.2)
     assert bias.view(B, H, 16)[..., :T].isfinite().all() and (bias.view(B, H, 16)[..., T:] == -torch.inf).all()
+
+
+def test_many_rows_are_as_each_by_itself() -> None:
+    _, k, v, mask, w_q, b_q, w_out, _ = inputs()
+    k, v, mask = (t.repeat(3, *[1] * (t.ndim - 1)) for t in (k, v, mask))
+    together = absorbed((k, v, mask, w_q, b_q, w_out), 0.2)
+    for i in range(3 * B):
+        row = slice(i, i + 1)
+        alone = absorbed((k[row], v[row], mask[row], w_q, b_q, w_out), 0.2)
+        for got, want in zip(together, alone, strict=True):
+            torch.testing.assert_close(got[row], want)
