@@ -390,10 +390,12 @@ def _known(state: StepState) -> dict[Hashable, _Known]:
 def _program(state: StepState, step: StepProgram, run: Callable[..., Any], args: Sequence[Any]) -> _Program | None:
     """What `run` has just run, if the weights are found in its model and its code is that of the program."""
     model, frame = getattr(run, "__self__", None), step.frame
-    if frame is None or not isinstance(run, MethodType) or run.__code__ is not frame.code:
-        _refused("a step is not one method of a module, or does more than its graph")
-        return None
-    if not isinstance(model, nn.Module):
+    if (
+        frame is None
+        or not isinstance(run, MethodType)
+        or not isinstance(model, nn.Module)
+        or run.__code__ is not frame.code
+    ):
         _refused("a step is not one method of a module, or does more than its graph")
         return None
     fixed = [args[i] for i in step.fixed]

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
-import sys
-from importlib.util import find_spec
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,13 +59,8 @@ def test_a_tile_holds_whole_heads_and_divides_keys_and_width(cols: int, per_head
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("triton") is None, reason="needs the triton package")
-def test_kernel_in_the_interpreter() -> None:
-    """In a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    done = subprocess.run(
-        [sys.executable, __file__], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_kernel_in_the_interpreter(interpret: Callable[[str], str]) -> None:
+    interpret(__file__)
 
 
 def main() -> None:
