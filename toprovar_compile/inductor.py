@@ -468,6 +468,9 @@ def open_lengths(args: Sequence[Any], caches: Sequence[Tensor | None]) -> Abstra
     return _OpenLengths([t for t in tensors if id(t) in lengths], ones)
 
 
+while_marking = compile_lock
+"""Held while sizes are marked for Dynamo. It takes marks to be for what it compiles, if another thread is compiling."""
+
 _OPEN_MARKS = ("_dynamo_dynamic_indices", "_dynamo_weak_dynamic_indices", "_dynamo_unbacked_indices")
 _ALL_MARKS = (*_OPEN_MARKS, "_dynamo_static_indices", "_has_dynamo_dim_marking")
 
@@ -485,9 +488,8 @@ class _OpenLengths:
     def __enter__(self) -> None:
         tensors = {id(t): t for t in (*self._caches, *(t for t, _ in self._ones))}
         self._marks = [(t, mark, copy.copy(vars(t).get(mark))) for t in tensors.values() for mark in _ALL_MARKS]
-        # While another thread compiles, marks are taken to be for what it compiles. Older versions of torch hold the
-        # other setting for a process: the first thread inside knows what it was.
-        with compile_lock, self._lock:
+        # Older versions of torch hold the setting for a process: the first thread inside knows what it was.
+        with while_marking, self._lock:
             for t, dims in self._ones:
                 torch._dynamo.mark_static(t, dims)
             for t in self._caches:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from toprovar_compile.errors import OptionError
+from toprovar_compile.inductor import while_marking
 from toprovar_compile.models.bsq import BSQVAE, sample_bits
 from toprovar_compile.models.infinity_config import INFINITY_2B, INFINITY_8B, InfinityConfig, official_config
 from toprovar_compile.models.infinity_layers import Block, HeadNorm, TextNorm, TextPool, linear32
@@ -81,12 +82,13 @@ class Start:
 
     def mark(self, *, static_rows: bool) -> Start:
         """Tell Dynamo that prompts differ in length, and with `static_rows` to compile for each batch size."""
-        for t in (*self.text_k, *self.text_v):
-            torch._dynamo.maybe_mark_dynamic(t, 2)
-        torch._dynamo.maybe_mark_dynamic(self.text_mask, 3)
-        if static_rows:
-            for t in (self.x, self.cond, self.mod, self.text_mask, *self.text_k, *self.text_v):
-                torch._dynamo.mark_static(t, 0)
+        with while_marking:
+            for t in (*self.text_k, *self.text_v):
+                torch._dynamo.maybe_mark_dynamic(t, 2)
+            torch._dynamo.maybe_mark_dynamic(self.text_mask, 3)
+            if static_rows:
+                for t in (self.x, self.cond, self.mod, self.text_mask, *self.text_k, *self.text_v):
+                    torch._dynamo.mark_static(t, 0)
         return self
 
     def rows(self, count: int) -> Start:
