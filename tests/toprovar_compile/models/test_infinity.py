@@ -204,9 +204,9 @@ def test_published_sizes() -> None:
 
 
 def test_whole_bfloat16() -> None:
-    single, half = make(), make(dtype=torch.bfloat16)
-    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    assert single.to(torch.bfloat16).fingerprint() == half.fingerprint() != make(replace(TINY, depth=2)).fingerprint()
+    half = make().to(torch.bfloat16)
+    assert {p.dtype for m in (half, make(dtype=torch.bfloat16)) for p in m.parameters()} == {torch.bfloat16}
+    assert make().fingerprint() == half.fingerprint() != make(replace(TINY, depth=2)).fingerprint()
     start = half.begin(pack_text(texts(5), None, None, None, half.cfg_uncond, guided=True, multiple=half.cfg.text_pad))
     assert start.x.dtype == start.mod.dtype == start.cond.dtype == torch.float32
     assert start.text_k[0].dtype == torch.bfloat16 and start.text_k[0].shape == (2, 2, 16, 32)
