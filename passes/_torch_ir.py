@@ -16,7 +16,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
-_PURE = frozenset({"torch", "toprovar_compile"})  # modules whose functions write to nothing, but those named so
+_PURE = frozenset({"torch", "toprovar_compile", "einops"})  # functions of these write to nothing, but those named so
 _OWN = frozenset({"", "torch", "_operator", "builtins"})  # modules whose functions go by their plain name
 _INPLACE_OPERATORS = frozenset(
     {operator.setitem, operator.delitem}

@@ -33,12 +33,9 @@ from toprovar_compile.passes import (
     run_passes,
     split_layers,
 )
+from toprovar_compile.passes._torch_ir import mutates
 from toprovar_compile.report import GraphReport, counters, logger, ran
 from toprovar_compile.session import current_session
-
-_WRITING_OPERATORS = frozenset(
-    ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "imatmul")
-)
 
 
 def toprovar(
@@ -74,13 +71,7 @@ def fixed_inputs(inputs: Sequence[Node]) -> list[int]:
 
 def writes_in_place(gm: GraphModule) -> bool:
     """Whether a captured graph may write into one of its inputs, which must then not be copied before it runs."""
-
-    def writes(node: Node) -> bool:
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        in_place = name.endswith("_") and not name.endswith("__")
-        return in_place or name in _WRITING_OPERATORS or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-
-    return any(writes(n) for n in gm.graph.nodes if n.op in ("call_function", "call_method"))
+    return any(mutates(n) for n in gm.graph.nodes)
 
 
 def _compile_step(

@@ -245,32 +245,38 @@ def _explain_failure(error: BaseException) -> None:
         cause = cause.__cause__ or getattr(cause, "inner_exception", None)
 
 
-class _PausedCollector:
-    """While any thread is inside, Python's cyclic garbage collector does not run.
+class WhileInside:
+    """For what is the process's: `begin()` when the first thread enters, `end` of its result when the last leaves."""
 
-    Compiling makes objects by the million, nearly all of which live on: collections then take a fifth of its time.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, False
+    def __init__(self, begin: Callable[[], Any], end: Callable[[Any], None]) -> None:
+        self._begin, self._end = begin, end
+        self._lock, self._inside, self._before = threading.Lock(), 0, None
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __enter__(self) -> None:
         with self._lock:
             if self._inside == 0:
-                self._before = gc.isenabled()
-                gc.disable()
+                self._before = self._begin()
             self._inside += 1
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __exit__(self, *error: object) -> None:
         with self._lock:
             self._inside -= 1
-            if self._inside == 0 and self._before:
-                gc.enable()
+            if self._inside == 0:
+                self._end(self._before)
 
 
-paused_collector = _PausedCollector()  # one for all: the collector is the process's
+def _pause_collector() -> bool:
+    """Whether it was at work."""
+    before = gc.isenabled()
+    gc.disable()
+    return before
+
+
+paused_collector = WhileInside(_pause_collector, lambda before: gc.enable() if before else None)
+"""Python's cyclic garbage collector does not run. Compiling makes objects by the million, nearly all of which live on:
+collections then take a fifth of its time."""
 
 
 def not_captured(function: Callable[..., Any]) -> Callable[..., Any]:

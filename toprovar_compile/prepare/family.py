@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial, wraps
@@ -11,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from toprovar_compile.inductor import WhileInside
 
 _RECOMPILE_LIMIT = 64  # forms of a step: models, dtypes, batch sizes and first scales each have their own
 
@@ -37,46 +38,30 @@ def compile_steps(module: nn.Module, options: Mapping[str, Any], *, fullgraph: b
     compile_with: Any = partial(torch.compile, module, backend="toprovar", options=dict(options), fullgraph=fullgraph)
     if "recompile_limit" in inspect.signature(torch.compile).parameters:
         return compile_with(recompile_limit=_RECOMPILE_LIMIT)
-    return _room.around(compile_with())
+    compiled = compile_with()
+
+    @wraps(compiled)
+    def call(*args: Any, **how: Any) -> Any:
+        with _room:
+            return compiled(*args, **how)
+
+    return call
 
 
-class _Room:
-    """Raises the process's limit while any thread is in a call: before torch 2.12 a function had none of its own.
-
-    The limit is read when a call compiles.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, 0
-
-    def around(self, compiled: Callable[..., Any]) -> Callable[..., Any]:
-        """`compiled`, called with the limit raised."""
-
-        @wraps(compiled)
-        def call(*args: Any, **how: Any) -> Any:
-            self._enter()
-            try:
-                return compiled(*args, **how)
-            finally:
-                self._leave()
-
-        return call
-
-    def _enter(self) -> None:
-        config = torch._dynamo.config
-        with self._lock:
-            if self._inside == 0:
-                self._before, config.recompile_limit = config.recompile_limit, _RECOMPILE_LIMIT
-            self._inside += 1
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._inside -= 1
-            if self._inside == 0:
-                torch._dynamo.config.recompile_limit = self._before
+def _raise_limit() -> int:
+    """What it was."""
+    config = torch._dynamo.config
+    before, config.recompile_limit = config.recompile_limit, _RECOMPILE_LIMIT
+    return before
 
 
-_room = _Room()  # one for all: the limit is the process's
+def _set_limit(limit: int) -> None:
+    torch._dynamo.config.recompile_limit = limit
+
+
+_room = WhileInside(_raise_limit, _set_limit)
+"""The process's limit is raised. It is read when a call compiles;
+before torch 2.12 a function had none of its own."""
 
 
 def lacks(model: nn.Module, modules: tuple[str, ...], attributes: tuple[str, ...]) -> list[str]:
