@@ -16,7 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters as compile_counters
 
 from toprovar_compile import dispatch, explain
-from toprovar_compile.backend import toprovar
+from toprovar_compile.backend import toprovar, writes_in_place
 from toprovar_compile.errors import PlanError
 from toprovar_compile.models.var import VAR
 from toprovar_compile.plan import DENSE, SKIP, LayerAction, Plan, ScalePlan
@@ -371,6 +371,13 @@ _NO_MORE_FORMS = (
     "fallback: a scale ran outside the compiled steps and without its plan: Dynamo compiles no further form of the "
     "step; raise torch._dynamo.config.recompile_limit, for instance to 64"
 )
+
+
+@pytest.mark.parametrize(("function", "may"), [(_compile, True), (F.relu, False), (torch.relu_, True)])
+def test_what_dynamo_does_not_follow_may_write(function: Callable[..., Any], may: bool) -> None:
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(function, (graph.placeholder("x"),)))
+    assert writes_in_place(torch.fx.GraphModule(nn.Module(), graph)) == may
 
 
 # explain
